@@ -1,0 +1,1 @@
+"""Diffusion pipelines: torch, no HTTP, no request ids, no SQL."""
