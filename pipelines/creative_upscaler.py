@@ -1,0 +1,300 @@
+"""`fal-ai/creative-upscaler`: enlarge a picture and let a diffusion model redraw its detail.
+
+Stages, in order: decode (`images`), plan (here), pre-stage (`prescale`), text and hint (`sd15`), VAE encode (`vae`),
+tiled denoising (`multidiffusion`, `schedules`), VAE decode in bands (`vae`), colour match (`colour`), PNG (`png`).
+
+Papers: SDEdit (arXiv 2108.01073) for img2img, MultiDiffusion (arXiv 2302.08113) for the tiles, ControlNet (arXiv
+2302.05543). Full weights: Stable Diffusion 1.5 (CreativeML OpenRAIL-M) and its tile ControlNet (OpenRAIL); about 4 GB
+of device memory in 16 bits. Pocket weights: 20 MB, CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, BinaryIO
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+
+from pipelines.bands import cut, filter_bands
+from pipelines.colour import wavelet_match
+from pipelines.errors import ImageTooLarge, InvalidParams, NonFiniteResult
+from pipelines.images import Picture, bleed_edges, decode, restore_profile, upscale_alpha
+from pipelines.multidiffusion import tiled_denoise
+from pipelines.png import PngWriter
+from pipelines.prescale import CompactPreStage, Lanczos, PreStage
+from pipelines.progress import Progress, Stages
+from pipelines.schedules import detail_factor, make_scheduler, sigma_bounds, sigma_ramp
+from pipelines.sd15 import Conditioning, StableDiffusion15
+from pipelines.tiling import fit_grid
+from pipelines.vae import TiledVAE, pad_to_multiple
+from weights.compact import load_compact
+from weights.store import WeightStore
+
+MAX_TILE_PX = 768
+"""Longest side of a diffusion tile: 96 latents for Stable Diffusion 1.5, half as much again as it was trained on."""
+TILE_OVERLAP_PX = 64
+"""Eight latents of Stable Diffusion 1.5; with ramp weights and moving edges more buys tone, not thinner seams."""
+TILE_BATCH = {"cpu": 2, "cuda": 16}
+"""Tiles per forward: a GPU is filled from about 32 samples (16 tiles x 2 guidance halves), a CPU by far fewer."""
+FULL_COMPENSATION_STRENGTH, NO_COMPENSATION_STRENGTH = 0.5, 0.8
+"""Round-trip compensation fades out between these: where structure moves, the old residue would show as a ghost."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params:
+    """What decides the picture, in the pipeline's own words."""
+
+    prompt: str
+    negative_prompt: str
+    scale: float  # 1..5, output side / input side
+    strength: float  # 0..1, start noise level on one curve for every sampler; 0 returns the pre-stage picture
+    detail: float  # 0..5
+    controlnet_conditioning_scale: float  # 0..3; 0 skips the ControlNet
+    guidance_scale: float  # 0..16; 1 or less runs the prompt alone
+    num_inference_steps: int  # 1..200, for strength 1; fewer run at lower strength
+    seed: int
+    allow_large: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Pixels that are accepted; the `large` pair applies where the request allows large pictures."""
+
+    max_input_pixels: int
+    max_output_pixels: int
+    max_large_input_pixels: int
+    max_large_output_pixels: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What was made, next to the PNG in `output`."""
+
+    width: int
+    height: int
+    seed: int
+    timings: dict[str, float]
+    recipe: dict[str, Any]
+
+
+class CreativeUpscaler:
+    """The pipeline with its models loaded on one device."""
+
+    def __init__(
+        self, model: StableDiffusion15, vae: AutoencoderKL, prestage: PreStage, *, weights: dict[str, Any]
+    ) -> None:
+        self.model = model
+        self.vae = TiledVAE(vae.eval())
+        self.prestage = prestage
+        self.weights = weights
+        self.tile_batch = TILE_BATCH[vae.device.type]
+
+    @classmethod
+    def load(cls, store: WeightStore, *, device: str, dtype: torch.dtype | None = None) -> CreativeUpscaler:
+        """Load every model from disk; `dtype` is float32 on the CPU and 16-bit on a GPU unless given."""
+        target = torch.device(device)
+        on_gpu = target.type == "cuda"
+        dtype = dtype or (torch.float16 if on_gpu else torch.float32)
+        # The VAE overflows float16 on some pictures, bfloat16 has the range.
+        vae_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
+        vae = AutoencoderKL.from_pretrained(store.folder("vae"), torch_dtype=vae_dtype, local_files_only=True)
+        model = StableDiffusion15.load(
+            store.folder("sd15"), store.folder("controlnet-tile-sd15"), device=target, dtype=dtype
+        )
+        prestage: PreStage = Lanczos()
+        if store.has("upscaler-compact-x2"):
+            prestage = CompactPreStage(load_compact(store.folder("upscaler-compact-x2")).to(target))
+        return cls(model, vae.to(target), prestage, weights={"set": store.name, "sha256": store.digest()})
+
+    @torch.inference_mode()
+    def __call__(
+        self, image: bytes, params: Params, *, limits: Limits, output: BinaryIO, progress: Progress
+    ) -> Result:
+        """Upscale `image` and write the result to `output` as PNG.
+
+        Args:
+            image: An encoded picture of any kind Pillow reads.
+            params: See `Params`.
+            limits: Pictures beyond them are refused before a pixel is decoded.
+            output: Seekable binary stream.
+            progress: Receives reports; raises to stop, which leaves no trace in the pipeline.
+
+        Raises:
+            PipelineError: See `pipelines.errors`.
+        """
+        stages = Stages(progress)
+        with stages.stage("decode"):
+            picture = decode(image, max_pixels=_input_limit(params, limits))
+            width, height = plan_size(picture.width, picture.height, params, limits)
+        started = time.perf_counter()
+        with stages.stage("preupscale"):
+            source = picture.rgb if picture.alpha is None else bleed_edges(picture.rgb, picture.alpha)
+            before = self.prestage(to_tensor(source), (height, width))
+        recipe = self._recipe(picture, params, (width, height))
+        bands = self._redraw(before, params, stages) if params.strength > 0 else lambda vae: iter([before])
+        with stages.stage("vae_decode"):
+            start = output.tell()
+            try:
+                self._write(bands(self.vae), picture, (width, height), recipe, output)
+            except NonFiniteResult:
+                if self.vae.dtype == torch.float32:
+                    raise
+                stages.remark("vae_decode", "The 16-bit decode overflowed; decoding again in 32 bits.")
+                output.truncate(output.seek(start))
+                self._write(bands(self.vae.in_float32()), picture, (width, height), recipe, output)
+        stages.timings["inference"] = time.perf_counter() - started
+        return Result(width=width, height=height, seed=params.seed, timings=stages.timings, recipe=recipe)
+
+    def _redraw(self, before: Tensor, params: Params, stages: Stages) -> Callable[[TiledVAE], Iterator[Tensor]]:
+        """Run the diffusion pass; returns what decodes the finished picture in bands (1, 3, rows, W), float32."""
+        padded = pad_to_multiple(before, self.vae.scale_factor * max(8, self.model.size_multiple))
+        with stages.stage("prompt"):
+            conditioning = self.model.encode(
+                params.prompt,
+                params.negative_prompt,
+                guidance_scale=params.guidance_scale,
+                hint=padded,
+                controlnet_conditioning_scale=params.controlnet_conditioning_scale,
+            )
+        with stages.stage("vae_encode"):
+            start = self.vae.encode(padded).float()
+        final = self._denoise(start, conditioning, params, stages)
+        levels = 5 + round(math.log2(params.scale))
+
+        def bands(vae: TiledVAE) -> Iterator[Tensor]:
+            matched = filter_bands(
+                _compensated(vae, start, final, padded, weight=compensation_weight(params.strength)),
+                lambda rows, reference: wavelet_match(rows, reference, levels=levels, amount=1 - params.strength),
+                halo=2**levels,
+            )
+            return cut(matched, *before.shape[-2:])
+
+        return bands
+
+    def _denoise(self, start: Tensor, conditioning: Conditioning, params: Params, stages: Stages) -> Tensor:
+        """Noise the start latents to the level `strength` names and denoise them, (1, C, h, w) float32."""
+        sigmas = sigma_ramp(
+            params.strength, params.num_inference_steps, *sigma_bounds(self.model.scheduler_config)
+        )
+        generator = torch.Generator("cpu").manual_seed(params.seed)
+        noise = torch.randn(start.shape, generator=generator, dtype=torch.float32).to(start.device)
+        grid = fit_grid(
+            *start.shape[-2:],
+            max_tile=MAX_TILE_PX // self.vae.scale_factor,
+            overlap=TILE_OVERLAP_PX // self.vae.scale_factor,
+        )
+        with stages.stage("denoise", total=len(sigmas) - 1) as on_step:
+            return tiled_denoise(
+                self.model,
+                start + float(sigmas[0]) * noise,
+                make_scheduler(self.model.scheduler_config, sigmas, "euler"),
+                conditioning,
+                grid=grid,
+                tile_batch=self.tile_batch,
+                seed=params.seed,
+                detail=detail_factor(params.detail, params.strength),
+                on_step=on_step,
+            )
+
+    def _write(
+        self,
+        bands: Iterator[Tensor],
+        picture: Picture,
+        size: tuple[int, int],
+        recipe: dict[str, Any],
+        output: BinaryIO,
+    ) -> None:
+        """Write bands as PNG with the picture's own alpha channel and colour profile, and the recipe as text."""
+        width, height = size
+        alpha = None if picture.alpha is None else np.asarray(upscale_alpha(picture.alpha, (width, height)))
+        mode = "RGB" if alpha is None else "RGBA"
+        text = {"creative-upscaler": json.dumps(recipe)}
+        with PngWriter(output, width, height, mode=mode, icc_profile=picture.icc_profile, text=text) as png:
+            top = 0
+            for band in bands:
+                pixels = to_pixels(band)
+                if picture.icc_profile is not None:
+                    pixels = np.asarray(restore_profile(Image.fromarray(pixels), picture.icc_profile))
+                if alpha is not None:
+                    pixels = np.dstack([pixels, alpha[top : top + len(pixels)]])
+                png.write(np.ascontiguousarray(pixels))
+                top += len(pixels)
+
+    def _recipe(self, picture: Picture, params: Params, size: tuple[int, int]) -> dict[str, Any]:
+        """Everything that decides the pixels: it can be read back from the PNG and run again."""
+        return {
+            "pipeline": "creative_upscaler",
+            "params": asdict(params),
+            "input": {"width": picture.width, "height": picture.height, "format": picture.format},
+            "output": {"width": size[0], "height": size[1]},
+            "weights": self.weights,
+            "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+        }
+
+
+def plan_size(width: int, height: int, params: Params, limits: Limits) -> tuple[int, int]:
+    """Output size (width, height) in px for an input of `width` x `height`: each side times the scale, rounded.
+
+    Raises:
+        InvalidParams: The scale is below 1.
+        ImageTooLarge: The output would have more pixels than the limits allow.
+    """
+    if params.scale < 1:
+        raise InvalidParams("scale", f"scale must be at least 1, got {params.scale}")
+    new_width, new_height = round(width * params.scale), round(height * params.scale)
+    most = limits.max_large_output_pixels if params.allow_large else limits.max_output_pixels
+    if new_width * new_height > most:
+        shrink = math.sqrt(most / (new_width * new_height))
+        way_out = "" if params.allow_large else " Set override_size_limits to true for larger pictures, or lower the scale."
+        raise ImageTooLarge(
+            f"Upscaling {width} x {height} by {params.scale:g} makes {new_width} x {new_height} pixels, "
+            f"{new_width * new_height / 1e6:.1f} megapixels; at most {most / 1e6:.1f} are allowed.{way_out}",
+            width=width,
+            height=height,
+            max_width=int(width * shrink),
+            max_height=int(height * shrink),
+        )
+    return new_width, new_height
+
+
+def compensation_weight(strength: float) -> float:
+    """How much of the VAE's own round-trip error is subtracted: 1 up to strength 0.5, falling to 0 at 0.8."""
+    span = NO_COMPENSATION_STRENGTH - FULL_COMPENSATION_STRENGTH
+    return min(1.0, max(0.0, (NO_COMPENSATION_STRENGTH - strength) / span))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB picture as (1, 3, H, W), float32, 0..1, on the CPU."""
+    return torch.from_numpy(np.array(image, dtype=np.float32) / 255).permute(2, 0, 1)[None].contiguous()
+
+
+def to_pixels(band: Tensor) -> np.ndarray:
+    """A band (1, 3, rows, W), about 0..1, as uint8 (rows, W, 3), clamped and rounded."""
+    return (band[0].clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+
+
+def _compensated(
+    vae: TiledVAE, start: Tensor, final: Tensor, before: Tensor, *, weight: float
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Decoded bands, less what the VAE alone does to the pre-stage picture, each with its rows of that picture."""
+    residues = vae.decode_bands(start) if weight else None
+    top = 0
+    for band in vae.decode_bands(final):
+        reference = before[..., top : top + band.shape[-2], :].to(band.device)
+        if residues is not None:
+            band = band + weight * (reference - next(residues))
+        top += band.shape[-2]
+        yield band, reference
+
+
+def _input_limit(params: Params, limits: Limits) -> int:
+    return limits.max_large_input_pixels if params.allow_large else limits.max_input_pixels
