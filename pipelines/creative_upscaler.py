@@ -34,7 +34,7 @@ from pipelines.prescale import CompactPreStage, Lanczos, PreStage
 from pipelines.progress import Progress, Stages
 from pipelines.schedules import detail_factor, make_scheduler, sigma_bounds, sigma_ramp
 from pipelines.sd15 import Conditioning, StableDiffusion15
-from pipelines.tiling import fit_grid
+from pipelines.tiling import Grid, fit_grid
 from pipelines.vae import TiledVAE, pad_to_multiple
 from weights.compact import load_compact
 from weights.store import WeightStore
@@ -97,6 +97,7 @@ class CreativeUpscaler:
         self.prestage = prestage
         self.weights = weights
         self.tile_batch = TILE_BATCH[vae.device.type]
+        self.padding_multiple = self.vae.scale_factor * max(8, model.size_multiple)
 
     @classmethod
     def load(cls, store: WeightStore, *, device: str, dtype: torch.dtype | None = None) -> CreativeUpscaler:
@@ -116,9 +117,7 @@ class CreativeUpscaler:
         return cls(model, vae.to(target), prestage, weights={"set": store.name, "sha256": store.digest()})
 
     @torch.inference_mode()
-    def __call__(
-        self, image: bytes, params: Params, *, limits: Limits, output: BinaryIO, progress: Progress
-    ) -> Result:
+    def __call__(self, image: bytes, params: Params, *, limits: Limits, output: BinaryIO, progress: Progress) -> Result:
         """Upscale `image` and write the result to `output` as PNG.
 
         Args:
@@ -139,8 +138,9 @@ class CreativeUpscaler:
         with stages.stage("preupscale"):
             source = picture.rgb if picture.alpha is None else bleed_edges(picture.rgb, picture.alpha)
             before = self.prestage(to_tensor(source), (height, width))
-        recipe = self._recipe(picture, params, (width, height))
-        bands = self._redraw(before, params, stages) if params.strength > 0 else lambda vae: iter([before])
+        grid = self._grid(height, width)
+        recipe = self._recipe(picture, params, (width, height), grid)
+        bands = self._redraw(before, grid, params, stages) if params.strength > 0 else lambda vae: iter([before])
         with stages.stage("vae_decode"):
             start = output.tell()
             try:
@@ -154,9 +154,21 @@ class CreativeUpscaler:
         stages.timings["inference"] = time.perf_counter() - started
         return Result(width=width, height=height, seed=params.seed, timings=stages.timings, recipe=recipe)
 
-    def _redraw(self, before: Tensor, params: Params, stages: Stages) -> Callable[[TiledVAE], Iterator[Tensor]]:
+    def _grid(self, height: int, width: int) -> Grid:
+        """Tiles for a picture of `height` x `width` px, padded to what VAE and UNet can halve."""
+        factor, multiple = self.vae.scale_factor, self.padding_multiple
+        return fit_grid(
+            -(-height // multiple) * multiple // factor,
+            -(-width // multiple) * multiple // factor,
+            max_tile=MAX_TILE_PX // factor,
+            overlap=TILE_OVERLAP_PX // factor,
+        )
+
+    def _redraw(
+        self, before: Tensor, grid: Grid, params: Params, stages: Stages
+    ) -> Callable[[TiledVAE], Iterator[Tensor]]:
         """Run the diffusion pass; returns what decodes the finished picture in bands (1, 3, rows, W), float32."""
-        padded = pad_to_multiple(before, self.vae.scale_factor * max(8, self.model.size_multiple))
+        padded = pad_to_multiple(before, self.padding_multiple)
         with stages.stage("prompt"):
             conditioning = self.model.encode(
                 params.prompt,
@@ -167,7 +179,7 @@ class CreativeUpscaler:
             )
         with stages.stage("vae_encode"):
             start = self.vae.encode(padded).float()
-        final = self._denoise(start, conditioning, params, stages)
+        final = self._denoise(start, grid, conditioning, params, stages)
         levels = 5 + round(math.log2(params.scale))
 
         def bands(vae: TiledVAE) -> Iterator[Tensor]:
@@ -180,18 +192,11 @@ class CreativeUpscaler:
 
         return bands
 
-    def _denoise(self, start: Tensor, conditioning: Conditioning, params: Params, stages: Stages) -> Tensor:
+    def _denoise(self, start: Tensor, grid: Grid, conditioning: Conditioning, params: Params, stages: Stages) -> Tensor:
         """Noise the start latents to the level `strength` names and denoise them, (1, C, h, w) float32."""
-        sigmas = sigma_ramp(
-            params.strength, params.num_inference_steps, *sigma_bounds(self.model.scheduler_config)
-        )
+        sigmas = sigma_ramp(params.strength, params.num_inference_steps, *sigma_bounds(self.model.scheduler_config))
         generator = torch.Generator("cpu").manual_seed(params.seed)
         noise = torch.randn(start.shape, generator=generator, dtype=torch.float32).to(start.device)
-        grid = fit_grid(
-            *start.shape[-2:],
-            max_tile=MAX_TILE_PX // self.vae.scale_factor,
-            overlap=TILE_OVERLAP_PX // self.vae.scale_factor,
-        )
         with stages.stage("denoise", total=len(sigmas) - 1) as on_step:
             return tiled_denoise(
                 self.model,
@@ -229,13 +234,19 @@ class CreativeUpscaler:
                 png.write(np.ascontiguousarray(pixels))
                 top += len(pixels)
 
-    def _recipe(self, picture: Picture, params: Params, size: tuple[int, int]) -> dict[str, Any]:
+    def _recipe(self, picture: Picture, params: Params, size: tuple[int, int], grid: Grid) -> dict[str, Any]:
         """Everything that decides the pixels: it can be read back from the PNG and run again."""
         return {
             "pipeline": "creative_upscaler",
             "params": asdict(params),
             "input": {"width": picture.width, "height": picture.height, "format": picture.format},
             "output": {"width": size[0], "height": size[1]},
+            "tiles": {
+                "height": grid.tile_height * self.vae.scale_factor,
+                "width": grid.tile_width * self.vae.scale_factor,
+                "tops": [top * self.vae.scale_factor for top in grid.tops],
+                "lefts": [left * self.vae.scale_factor for left in grid.lefts],
+            },
             "weights": self.weights,
             "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
         }
@@ -254,7 +265,9 @@ def plan_size(width: int, height: int, params: Params, limits: Limits) -> tuple[
     most = limits.max_large_output_pixels if params.allow_large else limits.max_output_pixels
     if new_width * new_height > most:
         shrink = math.sqrt(most / (new_width * new_height))
-        way_out = "" if params.allow_large else " Set override_size_limits to true for larger pictures, or lower the scale."
+        way_out = (
+            "" if params.allow_large else " Set override_size_limits to true for larger pictures, or lower the scale."
+        )
         raise ImageTooLarge(
             f"Upscaling {width} x {height} by {params.scale:g} makes {new_width} x {new_height} pixels, "
             f"{new_width * new_height / 1e6:.1f} megapixels; at most {most / 1e6:.1f} are allowed.{way_out}",

@@ -80,7 +80,10 @@ def tiled_denoise(
         if seen == sigma:
             model_input, model_timestep = scheduler.scale_model_input(latents, timestep), float(timestep)
         else:
-            model_input, model_timestep = latents / (1 + seen**2) ** 0.5, timestep_of_sigma(model.alphas_cumprod, seen)
+            model_input, model_timestep = (
+                latents / (1 + seen**2) ** 0.5,
+                float(timestep_of_sigma(model.alphas_cumprod, seen)),
+            )
         noise = _fused_prediction(
             model, model_input, model_timestep, conditioning, grid, grid.jitter(i, seed), tile_batch
         )

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from pipelines.tiling import Tile
 
 Program = Generator[tuple[nn.GroupNorm, Tensor], Tensor, Tensor]
-"""A tile's way through the network: yields each (norm, its input), is sent the normalised tensor, returns the output."""
+"""A tile's way through the network: yields (norm, its input), is sent the normalised tensor, returns the output."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,16 +88,12 @@ class TiledVAE:
         """
         vae, factor = self.vae, self.scale_factor
         height, width = image.shape[-2:]
-        crops = _rows_of_crops(
-            height, width, max_side=self.max_tile_px, halo=_encoder_halo_px(vae), multiple=factor
-        )
+        crops = _rows_of_crops(height, width, max_side=self.max_tile_px, halo=_encoder_halo_px(vae), multiple=factor)
         tiles = [crop for row in crops for crop in row]
         programs = [_down_path(vae, self._pixels(image, crop), self._park) for crop in tiles]
         features = list(_lockstep(programs, tiles, self._park))
-        rows = [
-            torch.cat([crop.own_part(features.pop(0)) for crop in row], dim=-1) for row in crops
-        ]
-        whole = torch.cat(rows, dim=-2).to(vae.device)                     # (1, C_mid, H / f, W / f)
+        rows = [torch.cat([crop.own_part(features.pop(0)) for crop in row], dim=-1) for row in crops]
+        whole = torch.cat(rows, dim=-2).to(vae.device)  # (1, C_mid, H / f, W / f)
         encoder = vae.encoder
         whole = encoder.conv_out(encoder.conv_act(encoder.conv_norm_out(encoder.mid_block(whole))))
         moments = vae.quant_conv(whole) if vae.quant_conv is not None else whole
@@ -222,7 +218,7 @@ def _down_path(vae: AutoencoderKL, x: Tensor, park: Callable[[Tensor], Tensor]) 
 
 
 def _lockstep(programs: Sequence[Program], crops: Sequence[Crop], park: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
-    """Run all tiles from normalisation to normalisation; yields their outputs in order, each computed when asked for."""
+    """Run all tiles from normalisation to normalisation; yields the outputs in order, each computed when asked for."""
     waiting = []
     for program in programs:
         norm, x = next(program)
@@ -230,7 +226,9 @@ def _lockstep(programs: Sequence[Program], crops: Sequence[Crop], park: Callable
     device = norm.weight.device
     while True:
         norm = waiting[0][0]
-        mean, variance = _pooled_statistics(norm, [crop.own_part(x) for (_, x), crop in zip(waiting, crops, strict=True)])
+        mean, variance = _pooled_statistics(
+            norm, [crop.own_part(x) for (_, x), crop in zip(waiting, crops, strict=True)]
+        )
         done = False
         for i, program in enumerate(programs):
             try:
@@ -268,7 +266,7 @@ def _normalise(norm: nn.GroupNorm, x: Tensor, mean: Tensor, variance: Tensor) ->
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
-    """Pad (1, C, H, W) on the right and at the bottom to multiples of `multiple`, by reflection where that is possible."""
+    """Pad (1, C, H, W) on the right and at the bottom to multiples of `multiple`, by reflection where possible."""
     bottom, right = -image.shape[-2] % multiple, -image.shape[-1] % multiple
     reflectable = bottom < image.shape[-2] and right < image.shape[-1]
     return F.pad(image, (0, right, 0, bottom), mode="reflect" if reflectable else "replicate")

@@ -1,0 +1,276 @@
+"""The whole pipeline on the pocket weights: exact promises on small pictures, quality on held-out photographs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms
+
+from benchmarks import metrics
+from benchmarks.quality import DEFAULTS, UNLIMITED, borders
+from pipelines.creative_upscaler import CreativeUpscaler, Limits, Params, Result, compensation_weight, plan_size
+from pipelines.errors import Cancelled, ImageTooLarge
+from pipelines.progress import Report
+from tests.conftest import HELD_OUT, PHOTOS, png_bytes
+from weights.store import WeightStore
+
+QUICK = Params(**(DEFAULTS | {"num_inference_steps": 4}))
+
+
+@pytest.fixture(scope="module")
+def pipeline(pocket: WeightStore) -> CreativeUpscaler:
+    return CreativeUpscaler.load(pocket, device="cpu")
+
+
+def run(
+    pipeline: CreativeUpscaler, image: Image.Image | bytes, params: Params = QUICK, **changes: Any
+) -> tuple[Image.Image, Result, bytes]:
+    """Upscale; returns the picture, the result and the bytes of the PNG."""
+    output = BytesIO()
+    data = image if isinstance(image, bytes) else png_bytes(image)
+    result = pipeline(data, replace(params, **changes), limits=UNLIMITED, output=output, progress=lambda report: None)
+    return Image.open(BytesIO(output.getvalue())), result, output.getvalue()
+
+
+def weight_hash(pipeline: CreativeUpscaler) -> str:
+    """One hash over every weight that requests share."""
+    digest = hashlib.sha256()
+    modules = (pipeline.model.unet, pipeline.model.controlnet, pipeline.model.hint_embedding, pipeline.vae.vae)
+    for module in (*modules, pipeline.model.text_encoder):
+        for tensor in module.state_dict().values():
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def difference(first: Image.Image, second: Image.Image) -> float:
+    """Largest difference of any pixel, in 1/255."""
+    return float(np.abs(metrics.as_array(first) - metrics.as_array(second)).max())
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles so small that a picture of 256 px has several."""
+    monkeypatch.setattr("pipelines.creative_upscaler.MAX_TILE_PX", 160)
+    monkeypatch.setattr("pipelines.creative_upscaler.TILE_OVERLAP_PX", 32)
+
+
+@pytest.mark.parametrize(("size", "scale"), [((1, 1), 2.0), ((33, 47), 1.5), ((61, 20), 2.7), ((40, 40), 1.0)])
+def test_output_size_is_exact(pipeline: CreativeUpscaler, size: tuple[int, int], scale: float) -> None:
+    """Each side is the input's times the scale, rounded, whatever the networks need internally."""
+    picture, result, _ = run(pipeline, Image.new("RGB", size, (90, 120, 60)), scale=scale)
+
+    assert picture.size == (round(size[0] * scale), round(size[1] * scale))
+    assert (result.width, result.height) == picture.size
+
+
+def test_creativity_zero_returns_the_prestage_picture(pipeline: CreativeUpscaler, photo_crop: Image.Image) -> None:
+    """Strength 0 changes nothing: the result is the pre-stage picture, to the byte."""
+    picture, _, _ = run(pipeline, photo_crop, strength=0.0)
+
+    with torch.inference_mode():
+        source = torch.from_numpy(np.array(photo_crop, dtype=np.float32) / 255).permute(2, 0, 1)[None].contiguous()
+        before = pipeline.prestage(source, (photo_crop.height * 2, photo_crop.width * 2))
+    wanted = (before[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    assert np.array_equal(np.asarray(picture), wanted)
+
+
+def test_same_seed_gives_the_same_bytes_whatever_ran_before(
+    pipeline: CreativeUpscaler, photo_crop: Image.Image
+) -> None:
+    """A request's result depends on the request alone."""
+    first = run(pipeline, photo_crop)[2]
+    other = run(pipeline, photo_crop.rotate(90, expand=True), seed=7, strength=0.9, prompt="red stripes")[2]
+    again = run(pipeline, photo_crop)[2]
+
+    assert first == again
+    assert first != other
+    assert first != run(pipeline, photo_crop, seed=43)[2]
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_tile_batch_does_not_change_the_picture(pipeline: CreativeUpscaler, photo_crop: Image.Image) -> None:
+    """Batches of 1, 4 and all tiles agree within 1/255."""
+    pictures = []
+    kept = pipeline.tile_batch
+    for pipeline.tile_batch in (1, 4, 100):
+        pictures.append(run(pipeline, photo_crop)[0])
+    pipeline.tile_batch = kept
+
+    assert difference(pictures[0], pictures[1]) <= 1
+    assert difference(pictures[0], pictures[2]) <= 1
+
+
+def test_transparency_is_kept(pipeline: CreativeUpscaler, photo_crop: Image.Image) -> None:
+    """A picture with an alpha channel comes back with one: opaque and clear areas stay what they were."""
+    photo = photo_crop.copy()
+    alpha = Image.new("L", photo.size, 255)
+    alpha.paste(0, (0, 0, 40, photo.height))
+    photo.putalpha(alpha)
+
+    picture, _, _ = run(pipeline, photo)
+
+    channel = np.asarray(picture.getchannel("A"))
+    assert picture.mode == "RGBA"
+    assert (channel[:, :60] == 0).all()
+    assert (channel[:, 100:] == 255).all()
+
+
+def test_colour_profile_is_kept(pipeline: CreativeUpscaler, photo_crop: Image.Image) -> None:
+    """The result carries the profile of the picture it was made from."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    buffer = BytesIO()
+    photo_crop.save(buffer, format="PNG", icc_profile=profile)
+
+    picture, _, _ = run(pipeline, buffer.getvalue())
+
+    assert picture.info["icc_profile"] == profile
+
+
+def test_recipe_in_the_png_makes_the_picture_again(pipeline: CreativeUpscaler, photo_crop: Image.Image) -> None:
+    """Everything that decides the pixels is written into the file and can be run again."""
+    picture, result, data = run(pipeline, photo_crop)
+
+    recipe = json.loads(picture.text["creative-upscaler"])
+
+    assert recipe == json.loads(json.dumps(result.recipe))
+    assert run(pipeline, photo_crop, Params(**recipe["params"]))[2] == data
+
+
+def test_cancelled_request_stops_within_a_step_and_leaves_nothing(
+    pipeline: CreativeUpscaler, photo_crop: Image.Image
+) -> None:
+    """After a cancelled request every shared weight is what it was and the next request gives the same bytes."""
+    before, wanted = weight_hash(pipeline), run(pipeline, photo_crop)[2]
+    reports: list[Report] = []
+
+    def stop_at_second_step(report: Report) -> None:
+        reports.append(report)
+        if report.stage == "denoise" and report.step == 2:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        pipeline(
+            png_bytes(photo_crop),
+            replace(QUICK, num_inference_steps=20),
+            limits=UNLIMITED,
+            output=BytesIO(),
+            progress=stop_at_second_step,
+        )
+
+    assert (reports[-1].stage, reports[-1].step) == ("denoise", 2)
+    assert weight_hash(pipeline) == before
+    assert run(pipeline, photo_crop)[2] == wanted
+
+
+def test_stages_report_their_steps_and_seconds(pipeline: CreativeUpscaler, photo_crop: Image.Image) -> None:
+    """Every stage that starts also ends with its seconds, and the result's timings name them and `inference`."""
+    reports: list[Report] = []
+    result = pipeline(png_bytes(photo_crop), QUICK, limits=UNLIMITED, output=BytesIO(), progress=reports.append)
+
+    ended = {report.stage for report in reports if report.seconds is not None}
+    assert {"decode", "preupscale", "prompt", "vae_encode", "denoise", "vae_decode"} <= ended
+    assert ended | {"inference"} == set(result.timings)
+    assert [report.step for report in reports if report.stage == "denoise" and report.seconds is None] == [0, 1, 2, 3]
+
+
+def test_too_large_a_result_is_refused_with_the_largest_side() -> None:
+    """The message names the numbers and the way out, and a picture of the named size is accepted."""
+    limits = Limits(
+        max_input_pixels=10**6, max_output_pixels=10**6, max_large_input_pixels=10**7, max_large_output_pixels=10**7
+    )
+
+    with pytest.raises(ImageTooLarge, match="override_size_limits") as caught:
+        plan_size(1000, 600, QUICK, limits)
+
+    assert plan_size(caught.value.max_width, caught.value.max_height, QUICK, limits)
+    assert plan_size(1000, 600, replace(QUICK, allow_large=True), limits) == (2000, 1200)
+
+
+def test_compensation_fades_between_its_bounds() -> None:
+    """The round-trip error is subtracted fully up to strength 0.5 and not at all from 0.8."""
+    assert [compensation_weight(s) for s in (0.1, 0.5, 0.8, 1.0)] == pytest.approx([1, 1, 0, 0])
+    assert 0 < compensation_weight(0.65) < 1
+
+
+@pytest.fixture(scope="module")
+def held_out() -> dict[str, Image.Image]:
+    """A 384 px piece from the middle of each photograph that was never trained on."""
+    pieces = {}
+    for name in HELD_OUT:
+        with Image.open(PHOTOS / f"{name}.png") as image:
+            left, top = (image.width - 384) // 2, (image.height - 384) // 2
+            pieces[name] = image.convert("RGB").crop((left, top, left + 384, top + 384))
+    return pieces
+
+
+FULL = Params(**DEFAULTS)
+
+
+def halved(image: Image.Image) -> Image.Image:
+    return metrics.area_reduced(image, (image.width // 2, image.height // 2))
+
+
+def mean_fidelity(pipeline: CreativeUpscaler, pictures: dict[str, Image.Image], **changes: Any) -> float:
+    """Mean PSNR (dB) of the area-reduced results to their inputs."""
+    return float(
+        np.mean([metrics.fidelity(run(pipeline, halved(p), FULL, **changes)[0], halved(p)) for p in pictures.values()])
+    )
+
+
+@pytest.mark.parametrize(("strength", "least_fidelity"), [(0.35, 30.0), (0.5, 28.0)])
+def test_photographs_stay_themselves(
+    pipeline: CreativeUpscaler, held_out: dict[str, Image.Image], strength: float, least_fidelity: float
+) -> None:
+    """Reduced again, every result is its input: fidelity and mean colour, photograph by photograph."""
+    for name, original in held_out.items():
+        picture, _, _ = run(pipeline, halved(original), FULL, strength=strength)
+
+        assert metrics.fidelity(picture, halved(original)) >= least_fidelity, name
+        assert metrics.colour_shift(picture, halved(original)) <= 3, name
+
+
+def test_default_creativity_adds_detail(pipeline: CreativeUpscaler, held_out: dict[str, Image.Image]) -> None:
+    """At the default the results are sharper than Lanczos' on every photograph."""
+    for name, original in held_out.items():
+        picture, _, _ = run(pipeline, halved(original), FULL)
+
+        lanczos = halved(original).resize(original.size, Image.Resampling.LANCZOS)
+        assert metrics.detail(picture) >= 1.05 * metrics.detail(lanczos), name
+
+
+def test_creativity_and_shape_preservation_do_what_they_say(
+    pipeline: CreativeUpscaler, held_out: dict[str, Image.Image]
+) -> None:
+    """Fidelity falls as creativity grows and rises with shape preservation."""
+    by_strength = [mean_fidelity(pipeline, held_out, strength=s) for s in (0.1, 0.5, 0.9)]
+    by_shape = [mean_fidelity(pipeline, held_out, controlnet_conditioning_scale=c) for c in (0.0, 1.0)]
+
+    assert by_strength[0] > by_strength[1] > by_strength[2]
+    assert by_shape[0] < by_shape[1]
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_tile_borders_do_not_show(pipeline: CreativeUpscaler, held_out: dict[str, Image.Image]) -> None:
+    """The gradient across tile borders is at most 1.05 times that beside them, with many small tiles."""
+    ratios = []
+    for original in held_out.values():
+        picture, result, _ = run(pipeline, halved(original), FULL)
+        lanczos = halved(original).resize(original.size, Image.Resampling.LANCZOS)
+        ratios.append(metrics.border_gradient(picture, lanczos, *borders(result.recipe)))
+
+    assert np.mean(ratios) <= 1.05
+
+
+@pytest.mark.parametrize("level", [16, 128, 250])
+def test_flat_pictures_stay_flat(pipeline: CreativeUpscaler, level: int) -> None:
+    """No speckle and no mesh where there is nothing to draw."""
+    picture, _, _ = run(pipeline, Image.new("RGB", (96, 96), (level,) * 3), FULL)
+
+    assert metrics.as_array(picture).std(axis=(0, 1)).max() <= 2
