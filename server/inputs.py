@@ -259,7 +259,7 @@ class GuardedTransport(httpx2.BaseTransport):
 def guarded_client(
     reach: Reach, *, resolver: Resolver = resolve, verify: ssl.SSLContext | None = None
 ) -> httpx2.Client:
-    """An HTTP client that dials only what is within reach, follows no redirect and ignores proxies of the environment."""
+    """An HTTP client that dials only what is within reach, and takes neither redirects nor proxies from others."""
     return httpx2.Client(
         transport=GuardedTransport(reach, resolver, verify),
         trust_env=False,
