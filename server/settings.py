@@ -1,0 +1,146 @@
+"""Every knob of the server: its unit, its default and one line of meaning.
+
+A value comes from, in this order: the command line, the environment (`UPSCALER_<NAME>`), a TOML file (the one that
+`UPSCALER_CONFIG` names, else `upscaler.toml` in the data folder), the default. In the environment a list is
+written `a,b` or as JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+DEFAULT_DATA = "~/.local/share/creative-upscaler"
+MAX_SOCKET_FOLDER = 70  # bytes; a Unix socket's path may have 107, and file names follow
+
+
+def _split(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        return json.loads(value)
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
+def _absolute(path: Path) -> Path:
+    return path.expanduser().absolute()
+
+
+def _without_slash(url: str) -> str:
+    if not url.startswith(("http://", "https://")):
+        raise ValueError("expected http://host[:port][/prefix] or https://host[:port][/prefix]")
+    return url.rstrip("/")
+
+
+Names = Annotated[list[str], NoDecode, BeforeValidator(_split)]
+Folder = Annotated[Path, AfterValidator(_absolute)]
+BaseURL = Annotated[str, AfterValidator(_without_slash)]
+
+
+class Settings(BaseSettings):
+    """What the operator decides; built once at start and passed on."""
+
+    model_config = SettingsConfigDict(env_prefix="UPSCALER_", extra="forbid", frozen=True)
+
+    data: Folder = Field(Path(DEFAULT_DATA), validate_default=True, description="Folder of everything that is kept.")
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port for plain HTTP; 0 turns it off.")
+    tls_port: int = Field(8443, ge=0, le=65535, description="Port for HTTPS; 0 turns it off.")
+    tls_cert: Folder | None = Field(None, description="Certificate chain (PEM) to serve instead of our own.")
+    tls_key: Folder | None = Field(None, description="Private key (PEM) of `tls_cert`.")
+    public_url: BaseURL | None = Field(None, description="Base of the URLs in answers; else taken from the request.")
+    trusted_proxies: Names = Field(
+        default_factory=list, description="Addresses or networks whose X-Forwarded-Proto/-Host are believed."
+    )
+    api_keys: Names = Field(default_factory=list, description="Keys that callers must present; none leaves it open.")
+    allow_unauthenticated: bool = Field(False, description="Listen beyond this machine although there is no key.")
+
+    weights: Literal["pocket", "full", "auto"] = Field("auto", description="Which set of weights serves.")
+    weights_dir: Folder | None = Field(
+        None, description="Folder of the full weights; else `weights` in the data folder."
+    )
+    slots: int | Literal["auto"] = Field("auto", description="Slots to run; auto is one per GPU, one on a CPU.")
+    max_attempts: int = Field(3, ge=1, description="Times a request is tried when its slot dies under it.")
+    cancel_grace_s: float = Field(30.0, gt=0, description="Seconds a slot has to stop before it is killed.")
+
+    max_body_mb: float = Field(64.0, gt=0, description="Largest request body, MB of 2^20 bytes.")
+    max_upload_mb: float = Field(1024.0, gt=0, description="Largest uploaded file, MB of 2^20 bytes.")
+    max_download_mb: float = Field(50.0, gt=0, description="Largest input picture fetched by URL, MB of 2^20 bytes.")
+    max_input_mp: float = Field(32.0, gt=0, description="Largest input, megapixels of 10^6.")
+    max_output_mp: float = Field(64.0, gt=0, description="Largest result, megapixels of 10^6.")
+    max_large_input_mp: float = Field(128.0, gt=0, description="Largest input with override_size_limits, megapixels.")
+    max_large_output_mp: float = Field(512.0, gt=0, description="Largest result with override_size_limits, megapixels.")
+
+    fetch_allow_hosts: Names = Field(
+        default_factory=list,
+        description="Hosts (`host` or `host:port`) fetched from although their address is private.",
+    )
+    fetch_timeout_s: float = Field(60.0, gt=0, description="Seconds that fetching an input may take in all.")
+    storage_url: str | None = Field(
+        None, description="Blob store, e.g. s3://bucket/prefix; else `files` in the data folder."
+    )
+    retention_s: float = Field(86400.0, gt=0, description="Seconds a finished request and its files are kept.")
+    upload_retention_s: float = Field(2592000.0, gt=0, description="Seconds an uploaded file is kept unless it says.")
+    webhook_timeout_s: float = Field(15.0, gt=0, description="Seconds a webhook's receiver has to answer.")
+    webhook_max_tries: int = Field(12, ge=1, description="Deliveries of a webhook before it is given up.")
+    webhook_allow_private: bool = Field(True, description="Whether webhooks may go to private addresses.")
+    drain_s: float = Field(10.0, ge=0, description="Seconds that open connections have to end at shutdown.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Constructor, environment, TOML file: in this order."""
+        overrides = init_settings.init_kwargs if isinstance(init_settings, InitSettingsSource) else {}
+        data = Path(overrides.get("data") or os.environ.get("UPSCALER_DATA") or DEFAULT_DATA).expanduser()
+        config = Path(os.environ.get("UPSCALER_CONFIG") or data / "upscaler.toml").expanduser()
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, config)
+
+    @property
+    def run_dir(self) -> Path:
+        """Where sockets and `server.json` lie; a short folder elsewhere when the data lies too deep for sockets."""
+        folder = self.data / "run"
+        if len(os.fsencode(folder)) <= MAX_SOCKET_FOLDER:
+            return folder
+        digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"upscaler-{os.getuid()}-{digest}"
+
+    @property
+    def ledger_path(self) -> Path:
+        """The database of all requests."""
+        return self.data / "ledger.sqlite3"
+
+    @property
+    def files_dir(self) -> Path:
+        """The local blob store."""
+        return self.data / "files"
+
+    @property
+    def tls_dir(self) -> Path:
+        """Our certificates and their keys."""
+        return self.data / "tls"
+
+    def make_folders(self) -> None:
+        """Create the folders that roles need, readable by this user only."""
+        for folder in (self.data, self.run_dir, self.files_dir):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
