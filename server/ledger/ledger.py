@@ -117,7 +117,7 @@ class Ledger:
         if not rows:
             return None
         if rows[0][3] == "IN_QUEUE":
-            return RequestRow(*rows[0], queue_position=self._position(rows[0][4], rows[0][0]))
+            return RequestRow(*(*rows[0], self._position(rows[0][4], rows[0][0])))
         return RequestRow(*rows[0])
 
     async def logs(self, request_id: str, after_seq: int = 0) -> list[LogRow]:

@@ -1,0 +1,240 @@
+"""`fal-ai/creative-upscaler`: fal's fields and what each is called in the pipeline.
+
+| fal                    | pipeline                        |
+|------------------------|---------------------------------|
+| `creativity`           | `strength`                      |
+| `shape_preservation`   | `controlnet_conditioning_scale` |
+| `override_size_limits` | `allow_large`                   |
+| `prompt_suffix`        | end of `prompt`                 |
+
+The other parameters have one name in both worlds.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from server.endpoints.endpoint import Endpoint, Job
+from server.errors import detail_item
+from server.schemas import BLOB, Image
+
+MAX_PROMPT = 20_000  # characters; far beyond what any prompt uses, and short of what would occupy a slot
+MAX_SEED = 2**63 - 1  # what every random generator of the pipeline takes
+NEGATIVE_PROMPT = (
+    "blurry, low resolution, bad, ugly, low quality, pixelated, interpolated, compression artifacts, noisey, grainy"
+)
+NO_CAPTIONER = "no captioner in this weight set: the prompt is prompt_suffix alone; pass a prompt for a better picture"
+NO_SAFETY_CHECKER = "no safety checker in this weight set: the picture was not checked"
+NO_CCSR = "CCSR is not part of this weight set: the pre-upscaler is used in its place"
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PydanticCustomError(
+            "string_unicode", "Input should be a valid string, without lone surrogates"
+        ) from error
+    return text
+
+
+def _not_too_long(text: str) -> str:
+    if len(text) > MAX_PROMPT:
+        raise PydanticCustomError(
+            "sequence_too_long", "Text should have at most {max_length} characters", {"max_length": MAX_PROMPT}
+        )
+    return text
+
+
+def _usable_seed(seed: int) -> int:
+    if seed < 0:
+        raise PydanticCustomError("greater_than_equal", "Input should be greater than or equal to 0", {"ge": 0})
+    if seed > MAX_SEED:
+        raise PydanticCustomError("less_than_equal", "Input should be less than or equal to {le}", {"le": MAX_SEED})
+    return seed
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+Prompt = Annotated[Text, AfterValidator(_not_too_long)]
+Seed = Annotated[int, AfterValidator(_usable_seed)]
+
+
+class CreativeUpscalerInput(BaseModel):
+    """The input as fal documents it: names, order, defaults, ranges and words."""
+
+    model_config = ConfigDict(allow_inf_nan=False, protected_namespaces=())
+
+    model_type: Literal["SD_1_5", "SDXL"] = Field(
+        "SD_1_5",
+        description="The type of model to use for the upscaling. Default is SD_1_5",
+        examples=["SD_1_5", "SDXL"],
+    )
+    image_url: Text = Field(
+        description="The image to upscale.",
+        examples=[
+            "https://storage.googleapis.com/falserverless/model_tests/upscale/owl.png",
+            "https://storage.googleapis.com/falserverless/gallery/blue-bird.jpeg",
+        ],
+    )
+    prompt: Prompt | None = Field(
+        None,
+        description="The prompt to use for generating the image. Be as descriptive as possible for best results. "
+        "If no prompt is provide BLIP2 will be used to generate a prompt.",
+    )
+    scale: float = Field(
+        2,
+        ge=1,
+        le=5,
+        description="The scale of the output image. The higher the scale, the bigger the output image will be.",
+    )
+    creativity: float = Field(0.5, ge=0, le=1, description="How much the output can deviate from the original")
+    detail: float = Field(1, ge=0, le=5, description="How much detail to add")
+    shape_preservation: float = Field(
+        0.25, ge=0, le=3, description="How much to preserve the shape of the original image"
+    )
+    prompt_suffix: Prompt = Field(
+        " high quality, highly detailed, high resolution, sharp",
+        description="The suffix to add to the prompt. This is useful to add a common ending to all prompts such as "
+        "'high quality' etc or embedding tokens.",
+    )
+    negative_prompt: Prompt = Field(
+        NEGATIVE_PROMPT,
+        description="The negative prompt to use.Use it to address details that you don't want\n"
+        "in the image. This could be colors, objects, scenery and even the small details\n"
+        "(e.g. moustache, blurry, low resolution).",
+        examples=[NEGATIVE_PROMPT],
+    )
+    seed: Seed | None = Field(
+        None,
+        description="The same seed and the same prompt given to the same version of Stable Diffusion\n"
+        "will output the same image every time.",
+        examples=[42],
+    )
+    guidance_scale: float = Field(
+        7.5,
+        ge=0,
+        le=16,
+        description="The CFG (Classifier Free Guidance) scale is a measure of how close you want\n"
+        "the model to stick to your prompt when looking for a related image to show you.",
+    )
+    num_inference_steps: int = Field(
+        20,
+        ge=1,
+        le=200,
+        description="The number of inference steps to use for generating the image. The more steps\n"
+        "the better the image will be but it will also take longer to generate.",
+    )
+    enable_safety_checks: bool = Field(
+        True,
+        description="If set to true, the resulting image will be checked whether it includes any\n"
+        "potentially unsafe content. If it does, it will be replaced with a black\n"
+        "image.",
+    )
+    skip_ccsr: bool = Field(
+        False,
+        description="If set to true, the image will not be processed by the CCSR model before\n"
+        "being processed by the creativity model.",
+    )
+    override_size_limits: bool = Field(False, description="Allow for large uploads that could take a very long time.")
+    base_model_url: Text | None = Field(None, description="The URL to the base model to use for the upscaling")
+    additional_lora_url: Text | None = Field(
+        None, description="The URL to the additional LORA model to use for the upscaling. Default is None"
+    )
+    additional_lora_scale: float = Field(
+        1, description="The scale of the additional LORA model to use for the upscaling. Default is 1.0"
+    )
+    additional_embedding_url: Text | None = Field(
+        None, description="The URL to the additional embeddings to use for the upscaling. Default is None"
+    )
+
+
+class CreativeUpscalerOutput(BaseModel):
+    """The output as fal documents it."""
+
+    image: Image = Field(description="The generated image file info.")
+    seed: int = Field(
+        description="Seed of the generated Image. It will be the same value of the one passed in the\n"
+        "input or the randomly generated that was used in case none was passed."
+    )
+
+
+def unsupported(parsed: CreativeUpscalerInput) -> list[dict[str, Any]]:
+    """What fal offers and this server refuses rather than ignores."""
+    asked = {
+        "model_type": parsed.model_type if parsed.model_type != "SD_1_5" else None,
+        "base_model_url": parsed.base_model_url,
+        "additional_lora_url": parsed.additional_lora_url,
+        "additional_embedding_url": parsed.additional_embedding_url,
+    }
+    return [
+        detail_item(
+            "feature_not_supported",
+            f"{name} {value[:100]!r} is not supported by this server yet; leave {name} out",
+            loc=("body", name),
+            input=value,
+        )
+        for name, value in asked.items()
+        if value is not None
+    ]
+
+
+def translate(parsed: CreativeUpscalerInput) -> Job:
+    """The job for the pipeline; a seed is drawn here, so that every attempt makes the same picture."""
+    return {
+        "pipeline": "creative_upscaler",
+        "params": {
+            "prompt": (parsed.prompt + parsed.prompt_suffix) if parsed.prompt else parsed.prompt_suffix.strip(),
+            "negative_prompt": parsed.negative_prompt,
+            "scale": float(parsed.scale),
+            "strength": float(parsed.creativity),
+            "detail": float(parsed.detail),
+            "controlnet_conditioning_scale": float(parsed.shape_preservation),
+            "guidance_scale": float(parsed.guidance_scale),
+            "num_inference_steps": parsed.num_inference_steps,
+            "seed": parsed.seed if parsed.seed is not None else secrets.randbelow(2**32),
+            "allow_large": parsed.override_size_limits,
+        },
+        "image": parsed.image_url,
+        "warnings": [
+            line
+            for line, applies in (
+                (NO_CAPTIONER, not parsed.prompt),
+                (NO_SAFETY_CHECKER, parsed.enable_safety_checks),
+                (NO_CCSR, not parsed.skip_ccsr),
+            )
+            if applies
+        ],
+    }
+
+
+def output(result: Mapping[str, Any]) -> dict[str, Any]:
+    """fal's output for a stored picture."""
+    return {
+        "image": {
+            "url": BLOB + result["key"],
+            "content_type": result["content_type"],
+            "file_name": result["file_name"],
+            "file_size": result["file_size"],
+            "width": result["width"],
+            "height": result["height"],
+        },
+        "seed": result["seed"],
+    }
+
+
+CREATIVE_UPSCALER = Endpoint(
+    id="fal-ai/creative-upscaler",
+    title="Creative Upscaler",
+    description="Create creative upscaled images.",
+    category="image-to-image",
+    input_model=CreativeUpscalerInput,
+    output_model=CreativeUpscalerOutput,
+    unsupported=unsupported,
+    translate=translate,
+    output=output,
+)
