@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -181,7 +182,7 @@ def _encoder_halo_px(vae: AutoencoderKL) -> int:
     return radius
 
 
-def _resnet(block: nn.Module, x: Tensor, park: Callable[[Tensor], Tensor]) -> Program:
+def _resnet(block: Any, x: Tensor, park: Callable[[Tensor], Tensor]) -> Program:
     """`ResnetBlock2D` without time embedding, stopping at its two normalisations."""
     residual = park(x)
     h = yield block.norm1, x
@@ -250,11 +251,10 @@ def _pooled_statistics(norm: nn.GroupNorm, areas: Sequence[Tensor]) -> tuple[Ten
         means.append(mean.double())
         variances.append(variance.double())
         counts.append(grouped.shape[-1])
-    count = sum(counts)
-    mean = sum(n * m for n, m in zip(counts, means, strict=True)) / count
-    within = sum(n * v for n, v in zip(counts, variances, strict=True)) / count
-    between = sum(n * (m - mean) ** 2 for n, m in zip(counts, means, strict=True)) / count
-    return mean, within + between
+    shares = torch.tensor(counts, dtype=torch.float64, device=means[0].device)[:, None, None] / sum(counts)
+    stacked = torch.stack(means)
+    mean = (shares * stacked).sum(0)
+    return mean, (shares * (torch.stack(variances) + (stacked - mean) ** 2)).sum(0)
 
 
 def _normalise(norm: nn.GroupNorm, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
