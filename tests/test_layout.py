@@ -15,7 +15,11 @@ from server.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("server", "pipelines", "weights")
-MAY_IMPORT = {"server": {"server", "pipelines", "weights"}, "pipelines": {"pipelines", "weights"}, "weights": {"weights"}}
+MAY_IMPORT = {
+    "server": {"server", "pipelines", "weights"},
+    "pipelines": {"pipelines", "weights"},
+    "weights": {"weights"},
+}
 TORCH = {"torch", "diffusers", "transformers", "accelerate", "pipelines"}
 
 
