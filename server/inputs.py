@@ -22,6 +22,9 @@ from typing import Any, TypeAlias
 import httpcore2
 import httpx2
 
+from server.settings import Settings
+from server.storage import Storage, is_public
+
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolver: TypeAlias = Callable[[str, int], list[str]]
 
@@ -66,13 +69,7 @@ DATA_URI = re.compile(r"data:(?P<kind>[^,;]*)(?P<parameters>(?:;[^,;]*)*),", re.
 
 
 class InputError(Exception):
-    """An input could not be had; `type` and `ctx` are fal's, the message says what to do."""
-
-    type = "file_download_error"
-
-    def __init__(self, message: str, ctx: dict[str, Any] | None = None) -> None:
-        super().__init__(message)
-        self.ctx = ctx or {}
+    """An input could not be had; the message says why and what to do."""
 
 
 class DownloadFailed(InputError):
@@ -85,16 +82,13 @@ class DownloadFailed(InputError):
 class FileTooLarge(InputError):
     """The file has more bytes than this server accepts."""
 
-    type = "file_too_large"
-
     def __init__(self, max_bytes: int) -> None:
-        super().__init__(f"The file is larger than {max_bytes} bytes.", {"max_size": max_bytes})
+        super().__init__(f"The file is larger than {max_bytes} bytes.")
+        self.max_bytes = max_bytes
 
 
 class MalformedDataURI(InputError):
     """The data URI does not follow RFC 2397."""
-
-    type = "image_load_error"
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"Failed to load the image: {reason}.")
@@ -104,12 +98,12 @@ class AddressRefused(httpcore2.ConnectError):
     """The address behind a URL is one that strangers may not make this server dial."""
 
 
-def is_public(address: Address) -> bool:
+def is_public_address(address: Address) -> bool:
     """Whether an address is reachable on the public internet and means the same from everywhere."""
     if isinstance(address, ipaddress.IPv6Address):
         embedded = embedded_ipv4(address)
         if embedded is not None:
-            return is_public(embedded)
+            return is_public_address(embedded)
         return address in GLOBAL_UNICAST and not any(address in network for network in CLOSED_IPV6)
     return not any(address in network for network in CLOSED_IPV4)
 
@@ -160,7 +154,7 @@ class Reach:
         if self.names(host, port):
             return
         found = ipaddress.ip_address(address.partition("%")[0])
-        if not (is_public(found) or (self.private and not is_metadata(found))):
+        if not (is_public_address(found) or (self.private and not is_metadata(found))):
             raise AddressRefused(
                 f"{host} is on an address that is not public; the operator can allow it with "
                 f"UPSCALER_FETCH_ALLOW_HOSTS={host}"
@@ -330,6 +324,42 @@ class Fetcher:
                 raise DownloadFailed(f"it took longer than {self.timeout_s:g} s")
             poll()
         return bytes(body)
+
+
+def own_key(url: str, settings: Settings) -> str | None:
+    """The key of a file that this server serves under that URL; None for the files of others."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        where = (parts.hostname or "", parts.port or {"http": 80, "https": 443}.get(parts.scheme, 0))
+    except ValueError:
+        return None
+    names, ports = ("localhost", "127.0.0.1", settings.host), (settings.port, settings.tls_port)
+    ours = {(name, port) for name in names for port in ports}
+    if settings.public_url:
+        public = urllib.parse.urlsplit(settings.public_url)
+        ours.add((public.hostname or "", public.port or {"http": 80, "https": 443}[public.scheme]))
+    key = urllib.parse.unquote(parts.path.partition("/files/")[2])
+    return key if where in ours and is_public(key) else None
+
+
+def read_input(
+    reference: str, settings: Settings, storage: Storage, fetcher: Fetcher, poll: Callable[[], None] = lambda: None
+) -> bytes:
+    """The bytes of an input, on the calling thread: `blob:<key>`, a data URI, a file of ours, or a URL.
+
+    Raises:
+        InputError: It cannot be had; see the subclasses.
+        Exception: What `poll` raises.
+    """
+    if reference.startswith("data:"):
+        return decode_data_uri(reference, fetcher.max_bytes)
+    key = reference.removeprefix("blob:") if reference.startswith("blob:") else own_key(reference, settings)
+    if key is None:
+        return fetcher.fetch(reference, poll)
+    try:
+        return storage.read(key)
+    except FileNotFoundError as error:
+        raise DownloadFailed("the file is not kept here any more") from error
 
 
 NETWORK_ERRORS = (httpcore2.TimeoutException, httpcore2.NetworkError, httpcore2.ProtocolError)

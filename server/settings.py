@@ -71,7 +71,7 @@ class Settings(BaseSettings):
 
     weights: Literal["pocket", "full", "auto"] = Field("auto", description="Which set of weights serves.")
     weights_dir: Folder | None = Field(
-        None, description="Folder of the full weights; else `weights` in the data folder."
+        None, description="Folder of the full weights; else `weights/full` in the data folder."
     )
     slots: int | Literal["auto"] = Field("auto", description="Slots to run; auto is one per GPU, one on a CPU.")
     max_attempts: int = Field(3, ge=1, description="Times a request is tried when its slot dies under it.")
@@ -124,6 +124,11 @@ class Settings(BaseSettings):
             return folder
         digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
         return Path(tempfile.gettempdir()) / f"upscaler-{os.getuid()}-{digest}"
+
+    @property
+    def full_weights_dir(self) -> Path:
+        """Where the full set of weights lies."""
+        return self.weights_dir or self.data / "weights" / "full"
 
     @property
     def ledger_path(self) -> Path:

@@ -12,6 +12,7 @@ import base64
 import hashlib
 import json
 import time
+from functools import partial
 from typing import Any
 
 import httpcore2
@@ -28,6 +29,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from server.inputs import NETWORK_ERRORS, Reach, guarded_client
 from server.ledger import Ledger, OutboxRow, RequestRow
+from server.schemas import with_urls
 from server.settings import Settings
 
 KEY_NAME = "webhook_signing_key"
@@ -102,7 +104,10 @@ class WebhookSender:
             if row.request_id not in self._under_way and len(self._under_way) < MAX_CONCURRENT:
                 task = asyncio.create_task(self._deliver(row))
                 self._under_way[row.request_id] = task
-                task.add_done_callback(lambda _, request_id=row.request_id: self._under_way.pop(request_id))
+                task.add_done_callback(partial(self._ended, row.request_id))
+
+    def _ended(self, request_id: str, _: asyncio.Task[None]) -> None:
+        del self._under_way[request_id]
 
     async def close(self) -> None:
         """Abandon what is under way; it stays in the outbox."""
@@ -146,12 +151,13 @@ class WebhookSender:
 
 def webhook_body(request: RequestRow) -> bytes:
     """The JSON that fal posts: the output under `payload`, or the error's body and its status."""
+    is_good = request.outcome_status == 200
     body: dict[str, Any] = {
         "request_id": request.id,
         "gateway_request_id": request.id,
-        "status": "OK" if request.outcome_status == 200 else "ERROR",
-        "payload": request.outcome_body,
+        "status": "OK" if is_good else "ERROR",
+        "payload": with_urls(request.outcome_body, request.base_url) if is_good else request.outcome_body,
     }
-    if request.outcome_status != 200:
+    if not is_good:
         body["error"] = f"Invalid status code: {request.outcome_status}"
     return json.dumps(body, ensure_ascii=False).encode()

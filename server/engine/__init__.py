@@ -51,8 +51,13 @@ class Work:
     """One attempt at one request; `token` fences it against every other attempt."""
 
     request_id: str
+    endpoint: str
     token: str
     job: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON types; `Work(**...)` reads it."""
+        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)

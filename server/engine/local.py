@@ -3,7 +3,7 @@
 Both ends are here: `LocalEngine` in the dispatcher, `SlotListener` in the slot. A slot outlives the dispatcher: it
 keeps the events of its run until somebody acknowledges the outcome, and shows its state to whoever connects.
 
-    dispatcher to slot   {"op": "run", "request_id", "token", "job"} | {"op": "attach", "token"}
+    dispatcher to slot   {"op": "run", "token", "work"} | {"op": "attach", "token"}
                          {"op": "acknowledge", "token"} | {"op": "cancel", "token"}
     slot to dispatcher   {"slot": {state, device, ...}}, at once and every two seconds | {"token", "event"}
                          {"token", "lost": true} to a run or attach that cannot be served
@@ -148,7 +148,7 @@ class LocalEngine:
 
     def run(self, slot_id: str, work: Work) -> AsyncIterator[list[Event]]:
         """Start an attempt and follow it to its end."""
-        opening = {"op": "run", "request_id": work.request_id, "token": work.token, "job": work.job}
+        opening = {"op": "run", "token": work.token, "work": work.to_json()}
         return self._links[slot_id].follow(work.token, opening)
 
     def attach(self, slot_id: str, token: str) -> AsyncIterator[list[Event]]:
@@ -276,7 +276,7 @@ class SlotListener:
         mine = run is not None and run.work.token == token
         match message["op"]:
             case "run" if self._info.state is SlotState.READY:
-                self._begin(Work(request_id=message["request_id"], token=token, job=message["job"]), writer)
+                self._begin(Work(**message["work"]), writer)
             case "attach" if run is not None and mine:
                 for event in run.events:
                     writer.write(_line({"token": token, "event": event.to_json()}))

@@ -20,7 +20,7 @@ from server.ledger import Ledger, NewRequest, Outcome
 from server.settings import Settings
 from server.webhooks import SigningKey, WebhookSender, delay_s
 
-GOOD = Outcome(status=200, body={"seed": 7})
+GOOD = Outcome(status=200, body={"image": {"url": "blob:out/a.png"}, "seed": 7})
 BAD_BODY = {"detail": [{"type": "image_load_error"}]}
 BAD = Outcome(status=422, body=BAD_BODY, error="no image", error_type="image_load_error")
 
@@ -76,7 +76,10 @@ def play(tmp_path: Path, story: Story, **knobs: object) -> None:
 
 
 async def finished(ledger: Ledger, url: str, outcome: Outcome, request_id: str = "r") -> None:
-    await ledger.submit(NewRequest(id=request_id, endpoint="e", job=None, webhook_url=url, outcome=outcome))
+    base_url = "https://up.lan"
+    await ledger.submit(
+        NewRequest(id=request_id, endpoint="e", job=None, webhook_url=url, base_url=base_url, outcome=outcome)
+    )
 
 
 async def send(sender: WebhookSender) -> None:
@@ -98,7 +101,7 @@ def test_a_result_is_delivered_and_its_signature_holds(tmp_path: Path, receiver:
             "request_id": "r",
             "gateway_request_id": "r",
             "status": "OK",
-            "payload": {"seed": 7},
+            "payload": {"image": {"url": "https://up.lan/files/out/a.png"}, "seed": 7},
         }
         lines = [headers[f"x-fal-webhook-{name}"] for name in ("request-id", "user-id", "timestamp")]
         message = "\n".join([*lines, hashlib.sha256(body).hexdigest()]).encode()

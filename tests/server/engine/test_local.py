@@ -66,7 +66,7 @@ def play(run_dir: Path, story: Story) -> None:
     asyncio.run(scene())
 
 
-WORK = Work(request_id="r", token="t", job={"pipeline": "echo"})
+WORK = Work(request_id="r", endpoint="e", token="t", job={"pipeline": "echo"})
 
 
 def test_a_run_reports_its_lines_and_its_outcome(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_busy_slot_refuses_a_second_run(tmp_path: Path) -> None:
 
         lost = False
         try:
-            await collect(engine.run("0", Work(request_id="s", token="u", job={})))
+            await collect(engine.run("0", Work(request_id="s", endpoint="e", token="u", job={})))
         except SlotLost:
             lost = True
 

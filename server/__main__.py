@@ -1,0 +1,392 @@
+"""The command line: `serve`, `run`, `env`, `doctor`, and the hidden commands that are the roles of a server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import ipaddress
+import logging
+import os
+import shlex
+import signal
+import sys
+import types
+import typing
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+from urllib.parse import urlsplit
+
+import structlog
+import typer
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from server import lifeline
+from server.doctor import examine
+from server.endpoints import ENDPOINTS, Endpoint
+from server.errors import InvalidInput
+from server.settings import Settings
+from server.supervisor import (
+    CONFIGURATION_ERROR,
+    AlreadyRunning,
+    Supervisor,
+    detect_gpus,
+    plan_roles,
+    plan_slots,
+    read_server,
+    sole_owner,
+)
+from weights.store import WeightsMissing, open_store
+
+Weights = Literal["pocket", "full", "auto"]
+Data = Annotated[Path | None, typer.Option(help="Folder of everything that is kept.", show_default=False)]
+LifelineFd = Annotated[int | None, typer.Option("--lifeline", hidden=True)]
+
+USAGE_ERROR = 2
+DUMMY_KEY = "creative-upscaler"
+"""fal's clients refuse to work without a key; a server without keys takes any."""
+
+
+class CommandFailed(Exception):
+    """A command cannot do what it was asked to; the message says what to do."""
+
+
+def main() -> None:
+    """Entry point of `creative-upscaler` and `python -m server`."""
+    try:
+        build_app()()
+    except (CommandFailed, AlreadyRunning, WeightsMissing) as error:
+        fail(str(error))
+    except InvalidInput as error:
+        fail("\n".join(f"{item['loc'][-1]}: {item['msg']}" for item in error.items), USAGE_ERROR)
+    except ValidationError as error:
+        fail("\n".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()), USAGE_ERROR)
+
+
+def fail(message: str, status: int = 1) -> NoReturn:
+    """Say why on standard error and exit."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}")
+    sys.exit(status)
+
+
+def build_app() -> typer.Typer:
+    """Every command, the endpoints of `run` included."""
+    app = typer.Typer(
+        help="A self-hosted server for creative image upscaling that speaks fal's HTTP API.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    app.command()(serve)
+    app.add_typer(run_commands(), name="run")
+    app.command()(env)
+    app.command()(doctor)
+    for role in (gateway, dispatcher, slot):
+        app.command(hidden=True)(role)
+    return app
+
+
+def read_settings(**overrides: Any) -> Settings:
+    """The settings, with what the command line gives on top."""
+    return Settings(**{name: value for name, value in overrides.items() if value is not None})
+
+
+def configure_logging(settings: Settings) -> None:
+    """Log to standard error: lines for people at a terminal, JSON otherwise."""
+    is_terminal = sys.stderr.isatty()
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=not is_terminal),
+            *([] if is_terminal else [structlog.processors.format_exc_info]),
+            structlog.dev.ConsoleRenderer() if is_terminal else structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[settings.log_level.upper()]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+# -- serve and its roles ---------------------------------------------------------------------------------------------
+
+
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
+    port: Annotated[int | None, typer.Option(help="Port for plain HTTP, 0: none.", show_default="8000")] = None,
+    tls_port: Annotated[int | None, typer.Option(help="Port for HTTPS, 0: none.", show_default="8443")] = None,
+    data: Data = None,
+    weights: Annotated[Weights | None, typer.Option(help="Which set of weights serves.", show_default="auto")] = None,
+    slots: Annotated[
+        int | None, typer.Option(help="Slots to run.", show_default="one per GPU, or one on the CPU", min=1)
+    ] = None,
+    allow_unauthenticated: Annotated[
+        bool | None, typer.Option("--allow-unauthenticated", help="Listen beyond this machine without a key.")
+    ] = None,
+) -> None:
+    """Start the server; stop it with Ctrl-C or SIGTERM. Requests that it interrupts are done at the next start."""
+    settings = read_settings(
+        host=host,
+        port=port,
+        tls_port=tls_port,
+        data=data,
+        weights=weights,
+        slots=slots,
+        allow_unauthenticated=allow_unauthenticated,
+    )
+    configure_logging(settings)
+    refuse_open_door(settings)
+    gpus = detect_gpus()
+    open_store(settings.weights, root=settings.full_weights_dir, has_cuda=bool(gpus))
+    with sole_owner(settings):
+        supervisor = Supervisor(settings, plan_roles(settings, plan_slots(settings, gpus)))
+        status = asyncio.run(supervisor.run())
+    raise typer.Exit(status)
+
+
+def refuse_open_door(settings: Settings) -> None:
+    """Raise unless strangers are kept out: by a key, by listening on this machine only, or on purpose."""
+    if settings.api_keys or settings.allow_unauthenticated or is_loopback(settings.host):
+        return
+    raise CommandFailed(
+        f"{settings.host} can be reached by others and no key is set. Set UPSCALER_API_KEYS to one or more keys, or "
+        "pass --allow-unauthenticated to let everybody in."
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a listening address is reachable from this machine only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def gateway(lifeline_fd: LifelineFd = None) -> None:
+    """Serve HTTP."""
+    from server.app import serve_gateway
+
+    settings = start_role(lifeline_fd)
+    run_role(serve_gateway(settings))
+
+
+def dispatcher(slots: Annotated[str, typer.Option()] = "0", lifeline_fd: LifelineFd = None) -> None:
+    """Give requests to slots and record how they end."""
+    from server.dispatcher import serve_dispatcher
+
+    settings = start_role(lifeline_fd)
+    run_role(serve_dispatcher(settings, slots.split(",")))
+
+
+def slot(
+    slot_id: Annotated[str, typer.Argument()],
+    device: Annotated[str, typer.Option()] = "cpu",
+    lifeline_fd: LifelineFd = None,
+) -> None:
+    """Own a device and run pipelines on it."""
+    from server.slot import serve_slot
+
+    settings = start_role(lifeline_fd)
+    # When memory runs out the kernel shall end the process that used it, not the ones that answer for it.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("500")
+    try:
+        run_role(serve_slot(settings, slot_id, device))
+    except WeightsMissing as error:
+        fail(str(error), CONFIGURATION_ERROR)
+    finally:
+        # A pipeline in the worker thread would hold up a regular exit until its picture is done.
+        sys.stderr.flush()
+    os._exit(0)
+
+
+def start_role(lifeline_fd: int | None) -> Settings:
+    """What every role does first; its settings come from the environment that the supervisor made."""
+    if lifeline_fd is not None:
+        lifeline.exit_when_cut(lifeline_fd)
+    settings = read_settings()
+    configure_logging(settings)
+    settings.make_folders()
+    return settings
+
+
+def run_role(work: Coroutine[Any, Any, None]) -> None:
+    """Run a role until it ends or SIGTERM cancels it."""
+
+    async def scene() -> None:
+        task = asyncio.ensure_future(work)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    asyncio.run(scene())
+
+
+# -- env -------------------------------------------------------------------------------------------------------------
+
+
+def env(data: Data = None) -> None:
+    """Print the environment that points an unmodified fal client at the running server.
+
+    For a shell: eval "$(creative-upscaler env)".
+    """
+    settings = read_settings(data=data)
+    server = read_server(settings)
+    if server is None:
+        raise CommandFailed(f"No server runs on {settings.data}. Start one with `creative-upscaler serve`.")
+    for name, value in client_environment(server).items():
+        typer.echo(f"export {name}={shlex.quote(value)}")
+
+
+def client_environment(server: dict[str, Any]) -> dict[str, str]:
+    """What fal's clients read, for a server that describes itself so (`server.json`).
+
+    The Python client forces https, hence a server without any is an error.
+    """
+    public = urlsplit(server["public_url"] or "")
+    # Our certificate names localhost, and whoever listens everywhere listens there too.
+    is_here = is_loopback(server["host"]) or server["host"] in ("0.0.0.0", "::")
+    name = "localhost" if is_here else server["host"]
+    bracketed = f"[{name}]" if ":" in name else name
+    if public.scheme == "https":
+        base = public.netloc + public.path
+    elif server["tls_port"]:
+        base = f"{bracketed}:{server['tls_port']}"
+    else:
+        raise CommandFailed(
+            "fal's Python client speaks https only, and this server has neither a TLS port nor a public https URL. "
+            "Start it with --tls-port, or set UPSCALER_PUBLIC_URL to the https address of the proxy before it."
+        )
+    found = {
+        "FAL_RUN_HOST": f"{base}/run",
+        "FAL_QUEUE_RUN_HOST": f"{base}/queue",
+        "FAL_REST_HOST": f"{base}/rest",
+        "FAL_KEY": server["key"] or DUMMY_KEY,
+        "CREATIVE_UPSCALER_URL": f"https://{base}",
+    }
+    if public.scheme != "https" and server["own_ca"]:
+        found["SSL_CERT_FILE"] = str(Path(server["tls_dir"]) / "ca-bundle.pem")
+        found["NODE_EXTRA_CA_CERTS"] = str(Path(server["tls_dir"]) / "ca.pem")
+    return found
+
+
+def doctor(data: Data = None) -> None:
+    """Say what this machine has, which weights are there, and what is missing; exits 1 when `serve` would not start."""
+    settings = read_settings(data=data)
+    for line in examine(settings):
+        typer.echo(line)
+    store = open_store(settings.weights, root=settings.full_weights_dir, has_cuda=bool(detect_gpus()))
+    typer.echo(f"`serve` would use the {store.name} weights (weights = {settings.weights}).")
+
+
+# -- run -------------------------------------------------------------------------------------------------------------
+
+
+def run_commands() -> typer.Typer:
+    """`run`: one command per endpoint, with the endpoint's parameters as options."""
+    commands = typer.Typer(
+        help="Run an endpoint on a picture, here and now, without a server.",
+        no_args_is_help=True,
+        subcommand_metavar="ENDPOINT IMAGE -o OUT [PARAMETERS]",
+    )
+    for endpoint in ENDPOINTS.values():
+        commands.command(endpoint.id, help=f"Run {endpoint.id} on a picture.")(run_command(endpoint))
+    return commands
+
+
+def run_command(endpoint: Endpoint[Any]) -> Callable[..., None]:
+    """A command for one endpoint; its options are the fields of the input model, under their own names."""
+
+    def command(image: Path, output: Path, weights: Weights, data: Path | None, **parameters: Any) -> None:
+        settings = read_settings(data=data, weights=weights)
+        given = {name: value for name, value in parameters.items() if value is not None}
+        upscale(settings, endpoint, image, output, given)
+
+    fixed = {
+        "image": Annotated[Path, typer.Argument(help="The picture.", exists=True, dir_okay=False)],
+        "output": Annotated[Path, typer.Option("--output", "-o", help="Where to write the PNG.")],
+        "weights": Annotated[Weights, typer.Option(help="Which set of weights to use.")],
+        "data": Data,
+    }
+    defaults = {"weights": "auto", "data": None}
+    fields = {
+        name: option_of(name, field) for name, field in endpoint.input_model.model_fields.items() if name != "image_url"
+    }
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # typer reads options from the signature
+        [
+            inspect.Parameter(name, keyword, annotation=kind, default=defaults.get(name, inspect.Parameter.empty))
+            for name, kind in fixed.items()
+        ]
+        + [inspect.Parameter(name, keyword, annotation=kind, default=None) for name, kind in fields.items()]
+    )
+    command.__annotations__ = fixed | fields
+    return command
+
+
+def option_of(name: str, field: FieldInfo) -> Any:
+    """The option for a field: `--name VALUE`, or `--name/--no-name` for a switch; the endpoint checks the range."""
+    kinds = [kind for kind in flatten(field.annotation) if kind is not types.NoneType]
+    kind = next((kind for kind in (bool, int, float) if kinds == [kind]), str)
+    flag = f"--{name}/--no-{name}" if kind is bool else f"--{name}"
+    choices = [str(choice) for choice in kinds if isinstance(choice, str)]
+    notes = [f"One of {', '.join(choices)}."] if choices else []
+    if field.default is not None:
+        notes.append(f"Default: {field.default!r}.")
+    text = " ".join([(field.description or "").strip(), *notes])
+    return Annotated[kind | None, typer.Option(flag, help=text, show_default=False, rich_help_panel="Parameters")]
+
+
+def flatten(annotation: Any) -> list[Any]:
+    """The plain types and literal values of an annotation: `float | None` gives both, `Literal["a"]` gives `"a"`."""
+    arguments = typing.get_args(annotation)
+    if not arguments:
+        return [annotation]
+    if typing.get_origin(annotation) is Annotated:
+        arguments = arguments[:1]
+    return [kind for argument in arguments for kind in flatten(argument)]
+
+
+def upscale(settings: Settings, endpoint: Endpoint[Any], image: Path, output: Path, given: dict[str, Any]) -> None:
+    """Make one picture in this process, with the code that a slot runs, and show how far it is."""
+    # The picture's bytes go to the pipeline directly; its URL stands for it in the checks of the input.
+    job = endpoint.job(endpoint.parse({"image_url": image.absolute().as_uri(), **given}))
+    console = Console(stderr=True, highlight=False)
+    for warning in job["warnings"]:
+        console.print(f"[yellow]note:[/] {warning}")
+    with console.status("loading"):
+        from server.slot import LocalRun
+
+        run = LocalRun(settings, device="cuda" if detect_gpus() else "cpu")
+    with stage_bars(console) as report:
+        made = run.make(job, image.read_bytes(), output, report)
+    console.print(f"{made.width} x {made.height} px, seed {made.seed}, {made.timings['inference']:.1f} s")
+    typer.echo(output)
+
+
+@contextlib.contextmanager
+def stage_bars(console: Console) -> Iterator[Callable[[Any], None]]:
+    """A bar for each stage of a pipeline; yields the function that takes its reports."""
+    columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def report(report: Any) -> None:
+            if report.message is not None:
+                bars.console.print(report.message)
+                return
+            if report.stage not in tasks:
+                tasks[report.stage] = bars.add_task(report.stage, total=max(1, report.total))
+            done = max(1, report.total) if report.seconds is not None else report.step
+            bars.update(tasks[report.stage], total=max(1, report.total), completed=done)
+
+        yield report
+
+
+if __name__ == "__main__":
+    main()

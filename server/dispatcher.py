@@ -1,0 +1,279 @@
+"""Who works on what: claims queued requests for free slots, follows the runs, records how they end, and tries again.
+
+There is one dispatcher at a time. It keeps nothing that matters: what it knows stands in the ledger and in the slots,
+so that a new one takes over by looking at both. Every write for an attempt carries the token of that attempt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import structlog
+
+from server.affinity import Place, Waiting, place
+from server.engine import Engine, Event, SlotInfo, SlotLost, SlotState, Work
+from server.engine.local import LocalEngine
+from server.ledger import Ledger, NewLog, Outcome, RequestRow, SlotRow
+from server.settings import Settings
+from server.storage import Storage
+from server.wakeup import Bell, ring
+from server.webhooks import SigningKey, WebhookSender
+
+IDLE_S = 1.0
+BEAT_S = 3.0
+SWEEP_S = 60.0
+LOST_S = 15.0
+"""Seconds a slot may be unreachable before its runs are given to another."""
+
+QUEUE_VIEW = 64
+"""Queued requests looked at when a slot is free."""
+
+GIVEN_UP = Outcome(
+    # fal answers 503 here; JavaScript clients fetch a stored 503 three more times, so what is final is a 500.
+    status=500,
+    body={"detail": "The worker was lost while it ran the request", "error_type": "runner_disconnected"},
+    error="The worker was lost while it ran the request",
+    error_type="runner_disconnected",
+    headers={"X-Fal-Error-Type": "runner_disconnected"},
+)
+
+ALIVE = (SlotState.READY, SlotState.BUSY)
+
+log = structlog.get_logger()
+
+
+@dataclass
+class _Run:
+    """An attempt that this dispatcher follows."""
+
+    request_id: str
+    slot_id: str
+    token: str
+    started: float = field(default_factory=time.monotonic)
+    cancelled_at: float | None = None
+
+
+class Dispatcher:
+    """The loop; see `step`."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        ledger: Ledger,
+        engine: Engine,
+        storage: Storage,
+        webhooks: WebhookSender,
+        bell: Bell,
+    ) -> None:
+        self._settings, self._ledger, self._engine, self._storage = settings, ledger, engine, storage
+        self._webhooks, self._bell = webhooks, bell
+        self._runs: dict[str, _Run] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._unseen_since: dict[str, float] = {}
+        self._told: dict[str, SlotInfo] = {}
+        self._mean_s = 10.0
+        self._next_beat = self._next_sweep = 0.0
+
+    async def serve(self) -> None:
+        """Work until cancelled; a step that fails is logged and tried again."""
+        try:
+            while True:
+                try:
+                    await self.step()
+                except Exception:
+                    log.exception("dispatcher_step_failed")
+                    await asyncio.sleep(IDLE_S)
+                await self._bell.wait(IDLE_S)
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def step(self) -> None:
+        """One round: what is too late, what nobody follows, what can start, what shall stop, what is due."""
+        if await self._ledger.expire_start(time.time()):
+            self._tell_gateway()
+        await self._adopt()
+        await self._place()
+        await self._stop_cancelled()
+        await self._webhooks.send_due()
+        await self._beat()
+        await self._sweep()
+
+    async def _adopt(self) -> None:
+        """Take up the runs that nobody follows: after a restart of this process, or when the ledger failed us."""
+        slots = {info.id: info for info in self._engine.slots()}
+        held = {row.token: row for row in await self._ledger.running() if row.token and row.token not in self._runs}
+        for token, row in held.items():
+            info = slots.get(row.slot or "")
+            if info is not None and info.token == token:
+                log.info("run_adopted", request_id=row.id, slot_id=info.id)
+                self._follow(_Run(row.id, info.id, token), self._engine.attach(info.id, token))
+            elif info is None or self._is_lost(info):
+                await self._take_back(row.id, token)
+        for info in slots.values():
+            if info.token and info.token not in self._runs and info.token not in held:
+                # Its outcome is recorded, or the attempt lost its hold: either way nobody waits for it.
+                await self._engine.cancel(info.id, info.token)
+                await self._engine.acknowledge(info.id, info.token)
+
+    def _is_lost(self, info: SlotInfo) -> bool:
+        """Whether a slot that does not name a run will never name it: it is up without it, or was down too long."""
+        if info.state is not SlotState.DOWN:
+            self._unseen_since.pop(info.id, None)
+            return True
+        return time.monotonic() - self._unseen_since.setdefault(info.id, time.monotonic()) > LOST_S
+
+    async def _place(self) -> None:
+        """Start what can start."""
+        places = [self._as_place(info) for info in self._engine.slots() if info.state in ALIVE]
+        if all(place.busy_s for place in places):
+            return
+        now = time.time()
+        rows = {row.id: row for row in await self._ledger.queued(QUEUE_VIEW)}
+        queued = [
+            Waiting(request_id=row.id, pipeline=(row.job or {})["pipeline"], waited_s=now - row.created)
+            for row in rows.values()
+        ]
+        for request_id, slot_id in place(queued, places):
+            await self._start(rows[request_id], slot_id)
+
+    def _as_place(self, info: SlotInfo) -> Place:
+        started = [run.started for run in self._runs.values() if run.slot_id == info.id]
+        is_free = info.state is SlotState.READY and not started
+        left_s = self._mean_s - (time.monotonic() - min(started, default=0.0))
+        return Place(slot_id=info.id, hot=info.hot, busy_s=0.0 if is_free else max(1.0, left_s))
+
+    async def _start(self, row: RequestRow, slot_id: str) -> None:
+        token = uuid.uuid4().hex
+        if await self._ledger.claim(row.id, slot_id, token):
+            log.info("run_started", request_id=row.id, endpoint=row.endpoint, slot_id=slot_id, attempt=row.attempt + 1)
+            work = Work(request_id=row.id, endpoint=row.endpoint, token=token, job=row.job or {})
+            self._follow(_Run(row.id, slot_id, token), self._engine.run(slot_id, work))
+            self._tell_gateway()
+
+    def _follow(self, run: _Run, batches: AsyncIterator[list[Event]]) -> None:
+        self._runs[run.token] = run
+        task = asyncio.create_task(self._watch(run, batches))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _watch(self, run: _Run, batches: AsyncIterator[list[Event]]) -> None:
+        """Record what a run reports; if that fails, the next step adopts the run and reads it from its first event."""
+        try:
+            async for events in batches:
+                await self._record(run, events)
+        except SlotLost as error:
+            log.warning("run_lost", request_id=run.request_id, slot_id=run.slot_id, reason=str(error))
+            await self._take_back(run.request_id, run.token)
+        except Exception:
+            log.exception("run_not_recorded", request_id=run.request_id, slot_id=run.slot_id)
+        finally:
+            del self._runs[run.token]
+
+    async def _record(self, run: _Run, events: list[Event]) -> None:
+        lines = [replace(event.log, event_seq=event.seq) for event in events if event.log]
+        if lines:
+            await self._ledger.append_logs(run.request_id, run.token, lines)
+        outcome = events[-1].outcome
+        if outcome is not None:
+            won = await self._ledger.complete(run.request_id, run.token, outcome)
+            duration_s = time.monotonic() - run.started
+            self._mean_s += 0.2 * (duration_s - self._mean_s)
+            log.info(
+                "run_finished",
+                request_id=run.request_id,
+                slot_id=run.slot_id,
+                status=outcome.status,
+                duration_s=round(duration_s, 3),
+                recorded=won,
+            )
+            await self._engine.acknowledge(run.slot_id, run.token)
+            ring(self._settings.run_dir, "dispatcher")  # its webhook is due
+        self._tell_gateway()
+
+    async def _take_back(self, request_id: str, token: str) -> None:
+        """End an attempt that has no outcome: again at its old place in the queue, or for good after too many."""
+        row = await self._ledger.get(request_id)
+        if row is None or row.token != token:
+            return
+        limit = self._settings.max_attempts if row.retry else 1
+        if row.attempt >= limit and not row.cancel_requested:
+            await self._ledger.complete(request_id, token, GIVEN_UP)
+            log.error("request_given_up", request_id=request_id, attempts=row.attempt)
+        else:
+            line = f"The worker was lost in attempt {row.attempt} of {limit}; the request is queued again."
+            await self._ledger.append_logs(request_id, token, [NewLog(time.time(), "WARN", line)])
+            await self._ledger.requeue(request_id, token)
+            log.warning("request_requeued", request_id=request_id, attempts=row.attempt)
+        ring(self._settings.run_dir, "dispatcher")
+        self._tell_gateway()
+
+    async def _stop_cancelled(self) -> None:
+        """Ask the runs of cancelled requests to stop, and end the slot of one that does not."""
+        now = time.monotonic()
+        for row in await self._ledger.cancels():
+            run = self._runs.get(row.token or "")
+            if run is None:
+                continue
+            if run.cancelled_at is None:
+                run.cancelled_at = now
+                await self._engine.cancel(run.slot_id, run.token)
+            elif now - run.cancelled_at > self._settings.cancel_grace_s:
+                log.warning("slot_killed", slot_id=run.slot_id, request_id=run.request_id, reason="did not stop")
+                await self._engine.kill(run.slot_id)
+
+    async def _beat(self) -> None:
+        """Write down what the slots are, when it changed and every few seconds: readiness is read from there."""
+        due = time.monotonic() >= self._next_beat
+        for info in self._engine.slots():
+            if due or self._told.get(info.id) != info:
+                self._told[info.id] = info
+                await self._ledger.put_slot(
+                    SlotRow(info.id, info.state.value, info.device, info.weights, info.detail, time.time())
+                )
+        if due:
+            self._next_beat = time.monotonic() + BEAT_S
+
+    async def _sweep(self) -> None:
+        """Forget what is past its retention, files included."""
+        if time.monotonic() >= self._next_sweep:
+            self._next_sweep = time.monotonic() + SWEEP_S
+            for key in await self._ledger.sweep(time.time()):
+                await self._storage.delete(key)
+
+    def _tell_gateway(self) -> None:
+        ring(self._settings.run_dir, "gateway")
+
+
+@contextlib.contextmanager
+def leadership(path: Path) -> Iterator[None]:
+    """Hold the lock of the one dispatcher; waits until the process that has it is gone."""
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+async def serve_dispatcher(settings: Settings, slot_ids: list[str]) -> None:
+    """The dispatcher's process: everything it needs, until the task is cancelled."""
+    settings.make_folders()
+    run_dir = settings.run_dir
+    with (
+        leadership(run_dir / "dispatcher.lock"),
+        contextlib.closing(Ledger.open(settings)) as ledger,
+        contextlib.closing(Bell(run_dir, "dispatcher")) as bell,
+    ):
+        engine = LocalEngine(run_dir, slot_ids, lambda: ring(run_dir, "dispatcher"))
+        webhooks = WebhookSender(settings, ledger, await SigningKey.open(ledger))
+        try:
+            await Dispatcher(settings, ledger, engine, Storage.open(settings), webhooks, bell).serve()
+        finally:
+            await webhooks.close()
+            await engine.close()

@@ -1,0 +1,87 @@
+"""What this machine has and what is missing: the lines of `creative-upscaler doctor`. Loads no torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from server.settings import Settings
+from server.supervisor import detect_gpus, read_server
+from weights.store import POCKET_FOLDER, WeightStore
+
+LOW_DISK_BYTES = 2_000_000_000
+
+
+def examine(settings: Settings) -> Iterator[str]:
+    """One line per finding, `name  what was found  (advice)`."""
+    gpus = detect_gpus()
+    torch = version_of("torch")
+    free_bytes = free_disk_bytes(settings.data)
+    running = read_server(settings)
+    yield _row("python", platform.python_version())
+    yield _row("processor", f"{os.cpu_count()} cores, {memory_bytes() / 1e9:.0f} GB memory")
+    yield _row("GPU", ", ".join(describe_gpus(gpus)) or "none; pictures are made on the processor")
+    yield _row("torch", torch, torch_advice(torch, bool(gpus)))
+    yield _row("fal-client", version_of("fal-client"))
+    disk_advice = "less than 2 GB are free" if free_bytes < LOW_DISK_BYTES else ""
+    yield _row("data folder", f"{settings.data}, {free_bytes / 1e9:.0f} GB free", disk_advice)
+    yield _row("server", f"runs as process {running['pid']}" if running else "does not run")
+    for name, folder in (("pocket", POCKET_FOLDER), ("full", settings.full_weights_dir)):
+        yield from weights_rows(WeightStore(name, folder))
+
+
+def weights_rows(store: WeightStore) -> Iterator[str]:
+    """Whether a set of weights is complete, and each file that is not there."""
+    missing = store.missing()
+    yield _row(f"{store.name} weights", f"{len(missing)} files missing" if missing else "complete", str(store.root))
+    for file in missing:
+        yield _row("", f"missing: {file}")
+    if missing and store.name == "full":
+        yield _row("", "To get them, save the published models there, each in its diffusers folder layout: Stable")
+        yield _row("", "Diffusion 1.5 as sd15/, its VAE as vae/, its tile ControlNet as controlnet-tile-sd15/.")
+
+
+def describe_gpus(gpus: list[str]) -> list[str]:
+    """The GPUs with name and memory as their driver tells; only their numbers without a driver's tool."""
+    query = ["nvidia-smi", "--query-gpu=index,name,memory.total", "--format=csv,noheader"]
+    try:
+        listing = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return [f"GPU {name}" for name in gpus]
+    return [line.strip() for line in listing.splitlines() if line.split(",")[0].strip() in gpus]
+
+
+def torch_advice(version: str, has_gpu: bool) -> str:
+    """What to do when torch cannot use the GPU that is there."""
+    if has_gpu and version.endswith("+cpu"):
+        return "built without CUDA: install the CUDA build to use the GPU, or set CUDA_VISIBLE_DEVICES= to do without"
+    return ""
+
+
+def version_of(package: str) -> str:
+    """The version of a package, or that it is missing."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def memory_bytes() -> int:
+    """The machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """Free bytes where a folder is or would be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _row(name: str, found: str, note: str = "") -> str:
+    return f"{name:<16}{found}" + (f"  ({note})" if note else "")

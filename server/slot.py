@@ -1,0 +1,293 @@
+"""The object that owns a device: fetches the input, runs the pipeline, stores the picture, says how it went.
+
+The only module of the server that imports pipelines, and it does so when it loads them: a slot's process answers its
+socket before torch is there. One thread calls `load` and `run`; nothing of a request stays behind in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import structlog
+
+from pipelines.errors import (
+    Cancelled,
+    ImageLoadError,
+    ImageTooLarge,
+    ImageTooSmall,
+    InvalidParams,
+    NonFiniteResult,
+    UnsupportedImageFormat,
+)
+from pipelines.progress import Progress, Report
+from server.endpoints import ENDPOINTS
+from server.engine import Emit, Work
+from server.engine.local import SlotListener
+from server.errors import model_error
+from server.inputs import DownloadFailed, Fetcher, FileTooLarge, MalformedDataURI, Reach, guarded_client, read_input
+from server.ledger.ledger import CANCELLED
+from server.ledger.states import NewLog, Outcome
+from server.settings import Settings
+from server.storage import Storage, output_key
+from weights.store import WeightStore, open_store
+
+STEP_LINES_S = 0.1
+"""Least seconds between two log lines about steps of one stage: callers read them, and each is kept."""
+
+log = structlog.get_logger()
+
+
+class Rendered(Protocol):
+    """What a pipeline tells about the picture it wrote: px, the seed, seconds by stage with `inference` for all."""
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def height(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def timings(self) -> dict[str, float]: ...
+
+
+Render = Callable[[bytes, Mapping[str, Any], BinaryIO, Progress], Rendered]
+"""A loaded pipeline: encoded input, parameters by name, where the PNG goes, whom to tell."""
+
+Load = Callable[[WeightStore, str, Settings], Render]
+"""Brings a pipeline onto a device."""
+
+
+def load_creative_upscaler(store: WeightStore, device: str, settings: Settings) -> Render:
+    """Load the creative upscaler; takes the time that importing torch and reading the weights takes."""
+    from pipelines.creative_upscaler import CreativeUpscaler, Limits, Params
+
+    pipeline = CreativeUpscaler.load(store, device=device)
+    limits = Limits(
+        max_input_pixels=int(settings.max_input_mp * 1e6),
+        max_output_pixels=int(settings.max_output_mp * 1e6),
+        max_large_input_pixels=int(settings.max_large_input_mp * 1e6),
+        max_large_output_pixels=int(settings.max_large_output_mp * 1e6),
+    )
+    return lambda image, params, output, progress: pipeline(
+        image, Params(**params), limits=limits, output=output, progress=progress
+    )
+
+
+PIPELINES: Mapping[str, Load] = {"creative_upscaler": load_creative_upscaler}
+
+
+class SlotHost:
+    """One device and the pipelines on it.
+
+    Attributes:
+        device: Torch's name of the device.
+        weights: Name of the weight set; empty until it is loaded.
+        detail: One line about the device for people.
+    """
+
+    def __init__(
+        self, settings: Settings, storage: Storage, scratch: Path, *, device: str, pipelines: Mapping[str, Load]
+    ) -> None:
+        self.device, self.weights, self.detail = device, "", device
+        self._settings, self._storage, self._scratch, self._loaders = settings, storage, scratch, pipelines
+        self._pipelines: dict[str, Render] = {}
+        self._fetcher = Fetcher(
+            guarded_client(Reach.naming(settings.fetch_allow_hosts)),
+            max_bytes=int(settings.max_download_mb * 2**20),
+            timeout_s=settings.fetch_timeout_s,
+        )
+
+    def load(self) -> frozenset[str]:
+        """Open the weights and load every pipeline; raises `WeightsMissing` when files are not there."""
+        started = time.perf_counter()
+        store = open_store(
+            self._settings.weights, root=self._settings.full_weights_dir, has_cuda=self.device.startswith("cuda")
+        )
+        self._pipelines = {name: load(store, self.device, self._settings) for name, load in self._loaders.items()}
+        self.weights, self.detail = store.name, describe(self.device)
+        log.info(
+            "pipelines_loaded",
+            weights=self.weights,
+            device=self.detail,
+            duration_s=round(time.perf_counter() - started, 1),
+        )
+        return frozenset(self._pipelines)
+
+    def run(self, work: Work, emit: Emit, is_cancelled: Callable[[], bool]) -> Outcome:
+        """Do one request: input, picture, storage, answer. Whatever a request can cause becomes its outcome.
+
+        Raises:
+            Exception: The device reported a fault of its own; neither it nor this process can be trusted any more.
+        """
+        diary = Diary(emit, is_cancelled)
+        try:
+            return self._run(work, diary)
+        except Exception as error:
+            outcome = outcome_of(error)
+            if outcome is not None:
+                return outcome
+            if is_device_fault(error):
+                raise
+            log.exception("run_failed", request_id=work.request_id)
+            return model_error("internal_server_error", "Internal server error")
+
+    def _run(self, work: Work, diary: Diary) -> Outcome:
+        for warning in work.job["warnings"]:
+            diary.write("WARN", warning)
+        diary.write("INFO", f"{self.weights} weights on {self.detail}")
+        image = read_input(work.job["image"], self._settings, self._storage, self._fetcher, diary.poll)
+        with draft_at(self._scratch / f"{work.token}.png") as draft:
+            with draft.open("w+b") as file:
+                rendered = self.render(work.job, image, file, diary.report)
+            diary.poll()
+            key = output_key(f"{work.request_id}.png")
+            size_bytes = draft.stat().st_size
+            self._storage.write_file(key, draft)
+        facts = {
+            "key": key,
+            "content_type": "image/png",
+            "file_name": key.rpartition("/")[2],
+            "file_size": size_bytes,
+            "width": rendered.width,
+            "height": rendered.height,
+            "seed": rendered.seed,
+        }
+        return Outcome(
+            status=200,
+            body=ENDPOINTS[work.endpoint].output(facts),
+            inference_s=rendered.timings["inference"],
+            blobs=(key,),
+        )
+
+    def render(self, job: Mapping[str, Any], image: bytes, output: BinaryIO, progress: Progress) -> Rendered:
+        """Make the picture of a job from its input's bytes, as PNG in `output`."""
+        return self._pipelines[job["pipeline"]](image, job["params"], output, progress)
+
+
+@contextlib.contextmanager
+def draft_at(path: Path) -> Iterator[Path]:
+    """A file that is gone afterwards, unless it was moved away."""
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+class Diary:
+    """Turns reports of a pipeline into log lines for the caller, and a cancelled request into `Cancelled`."""
+
+    def __init__(self, emit: Emit, is_cancelled: Callable[[], bool]) -> None:
+        self._emit, self._is_cancelled = emit, is_cancelled
+        self._last_step = 0.0
+
+    def write(self, level: str, message: str) -> None:
+        """Add a line."""
+        self._emit(NewLog(time.time(), level, message))
+
+    def poll(self) -> None:
+        """Raise `Cancelled` when the caller does not want the picture any more."""
+        if self._is_cancelled():
+            raise Cancelled("The request was cancelled.")
+
+    def report(self, report: Report) -> None:
+        """A pipeline's progress callback."""
+        self.poll()
+        line = line_of(report)
+        now = time.monotonic()
+        is_step = report.seconds is None and report.message is None
+        if line is None or (is_step and report.step < report.total and now - self._last_step < STEP_LINES_S):
+            return
+        if is_step:
+            self._last_step = now
+        self.write("INFO", line)
+
+
+def line_of(report: Report) -> str | None:
+    """A report in words; None for the mere start of a stage."""
+    if report.message is not None:
+        return report.message
+    if report.seconds is not None:
+        return f"{report.stage} done in {report.seconds:.1f} s"
+    return f"{report.stage} {report.step}/{report.total}" if report.step else None
+
+
+def nothing(_: Any) -> dict[str, Any]:
+    """The `ctx` of an error that needs none."""
+    return {}
+
+
+FAULTS: Sequence[tuple[type[Exception], str, Callable[[Any], dict[str, Any]]]] = (
+    (UnsupportedImageFormat, "unsupported_image_format", lambda e: {"supported_formats": list(e.supported)}),
+    (ImageLoadError, "image_load_error", nothing),
+    (ImageTooLarge, "image_too_large", lambda e: {"max_height": e.max_height, "max_width": e.max_width}),
+    (ImageTooSmall, "image_too_small", lambda e: {"min_height": e.min_height, "min_width": e.min_width}),
+    (MalformedDataURI, "image_load_error", nothing),
+    (FileTooLarge, "file_too_large", lambda e: {"max_size": e.max_bytes}),
+    (DownloadFailed, "file_download_error", nothing),
+)
+"""What can be wrong with the input picture: exception, fal's type, fal's `ctx`."""
+
+
+def outcome_of(error: Exception) -> Outcome | None:
+    """How a request ends that raised this; None for what is not a fault of the request."""
+    if isinstance(error, Cancelled):
+        return CANCELLED
+    if isinstance(error, InvalidParams):
+        return model_error("value_error", str(error), loc=("body", error.field))
+    if isinstance(error, NonFiniteResult):
+        return model_error("internal_server_error", str(error))
+    for kind, type, ctx in FAULTS:
+        if isinstance(error, kind):
+            return model_error(type, str(error), loc=("body", "image_url"), ctx=ctx(error))
+    return None
+
+
+def is_device_fault(error: Exception) -> bool:
+    """Whether an error means that the CUDA context is gone; every later call in this process would fail as well."""
+    return type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)
+
+
+def describe(device: str) -> str:
+    """A device in words."""
+    if not device.startswith("cuda"):
+        return f"CPU ({os.cpu_count()} cores)"
+    import torch
+
+    return torch.cuda.get_device_name(device)
+
+
+async def serve_slot(settings: Settings, slot_id: str, device: str, pipelines: Mapping[str, Load] = PIPELINES) -> None:
+    """The slot's process: load, listen, work, until the task is cancelled."""
+    scratch = settings.run_dir / f"slot-{slot_id}.tmp"
+    shutil.rmtree(scratch, ignore_errors=True)  # what a predecessor left that was killed
+    scratch.mkdir(mode=0o700)
+    host = SlotHost(settings, Storage.open(settings), scratch, device=device, pipelines=pipelines)
+    await SlotListener(settings.run_dir, slot_id, host).serve()
+
+
+class LocalRun:
+    """Pictures made in this process, without socket, ledger or storage."""
+
+    def __init__(self, settings: Settings, *, device: str, pipelines: Mapping[str, Load] = PIPELINES) -> None:
+        """Load the pipelines; raises `WeightsMissing` when files are not there."""
+        settings.make_folders()
+        self._host = SlotHost(settings, Storage.open(settings), settings.run_dir, device=device, pipelines=pipelines)
+        self._host.load()
+
+    def make(self, job: Mapping[str, Any], image: bytes, output: Path, progress: Progress) -> Rendered:
+        """Make one picture; `output` changes only when it is complete.
+
+        Raises:
+            PipelineError: The picture could not be made.
+        """
+        with draft_at(output.with_name(f".{output.name}.part")) as draft:
+            with draft.open("w+b") as file:
+                rendered = self._host.render(job, image, file, progress)
+            draft.replace(output)
+        return rendered

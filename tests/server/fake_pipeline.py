@@ -1,0 +1,77 @@
+"""A pipeline without models: as many steps as asked for, each of a known length, then an enlarged picture."""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from PIL import Image
+
+from pipelines.errors import ImageLoadError, ImageTooLarge
+from pipelines.progress import Progress, Stages
+from server.settings import Settings
+from weights.store import WeightStore
+
+MAX_SIDE_PX = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeResult:
+    """What it made."""
+
+    width: int
+    height: int
+    seed: int
+    timings: dict[str, float]
+
+
+class FakePipeline:
+    """Steps of `step_s` seconds; a `prompt` that begins with a word below makes it misbehave."""
+
+    def __init__(self, step_s: float) -> None:
+        self.step_s = step_s
+
+    def __call__(self, image: bytes, params: Mapping[str, Any], output: BinaryIO, progress: Progress) -> FakeResult:
+        stages = Stages(progress)
+        with stages.stage("decode"):
+            picture = decode(image)
+        if params["prompt"].startswith("broken device"):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if params["prompt"].startswith("broken code"):
+            raise KeyError("nobody thought of this")
+        if params["prompt"].startswith("deadly"):
+            os._exit(9)
+        with stages.stage("denoise", params["num_inference_steps"]) as step:
+            for n in range(params["num_inference_steps"]):
+                time.sleep(self.step_s)
+                step(n + 1)
+        size = (round(picture.width * params["scale"]), round(picture.height * params["scale"]))
+        with stages.stage("png"):
+            picture.resize(size).save(output, "PNG")
+        timings = stages.timings | {"inference": sum(stages.timings.values())}
+        return FakeResult(width=size[0], height=size[1], seed=params["seed"], timings=timings)
+
+
+def decode(data: bytes) -> Image.Image:
+    """The picture, or the pipelines' own errors."""
+    try:
+        picture = Image.open(io.BytesIO(data))
+        if max(picture.size) > MAX_SIDE_PX:
+            width, height = picture.size
+            message = f"The picture has {width} x {height} px."
+            raise ImageTooLarge(message, width=width, height=height, max_width=MAX_SIDE_PX, max_height=MAX_SIDE_PX)
+        return picture.convert("RGB")
+    except (OSError, SyntaxError) as error:
+        raise ImageLoadError("Failed to load the image.") from error
+
+
+def load_fake(store: WeightStore, device: str, settings: Settings) -> FakePipeline:
+    """For the slot's table of pipelines; `FAKE_STEP_S` sets the seconds of a step."""
+    return FakePipeline(float(os.environ.get("FAKE_STEP_S", "0.001")))
+
+
+PIPELINES = {"creative_upscaler": load_fake}

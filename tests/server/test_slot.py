@@ -1,0 +1,203 @@
+"""A slot turns a job into a stored picture and an answer in fal's words, whatever happens on the way."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from pipelines.errors import ImageTooSmall, InvalidParams, NonFiniteResult, UnsupportedImageFormat
+from pipelines.progress import Report
+from server.endpoints import ENDPOINTS
+from server.engine import Work
+from server.inputs import FileTooLarge
+from server.ledger import NewLog, Outcome
+from server.settings import Settings
+from server.slot import LocalRun, SlotHost, line_of, outcome_of
+from server.storage import Storage
+from tests.server.fake_pipeline import PIPELINES
+from weights import store as weight_store
+
+ENDPOINT = "fal-ai/creative-upscaler"
+
+
+def png(width: int = 16, height: int = 12) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), "teal").save(file, "PNG")
+    return file.getvalue()
+
+
+def data_uri(data: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def work(**fields: Any) -> Work:
+    endpoint = ENDPOINTS[ENDPOINT]
+    payload = {"image_url": data_uri(png()), "prompt": "a cat", "seed": 5, "num_inference_steps": 3} | fields
+    return Work(request_id="r1", endpoint=ENDPOINT, token="t1", job=dict(endpoint.job(endpoint.parse(payload))))
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    monkeypatch.setattr(weight_store, "CREATIVE_UPSCALER_FILES", ())
+    settings = Settings(data=tmp_path / "data", weights="pocket")
+    settings.make_folders()
+    return settings
+
+
+@pytest.fixture
+def host(settings: Settings, tmp_path: Path) -> SlotHost:
+    host = SlotHost(settings, Storage.open(settings), tmp_path, device="cpu", pipelines=PIPELINES)
+    assert host.load() == {"creative_upscaler"}
+    return host
+
+
+def run(host: SlotHost, task: Work, cancel_after: int = 10**9) -> tuple[Outcome, list[NewLog]]:
+    lines: list[NewLog] = []
+    outcome = host.run(task, lines.append, lambda: len(lines) >= cancel_after)
+    return outcome, lines
+
+
+def test_a_job_becomes_a_stored_picture_and_fals_answer(host: SlotHost, settings: Settings, tmp_path: Path) -> None:
+    """The answer names the stored file, whose bytes are the picture; nothing else is left behind."""
+    outcome, _ = run(host, work())
+
+    image = outcome.body["image"]
+    stored = Storage.open(settings).read(image["url"].removeprefix("blob:"))
+    assert (outcome.status, outcome.body["seed"], image["content_type"]) == (200, 5, "image/png")
+    assert (image["width"], image["height"], image["file_size"]) == (32, 24, len(stored))
+    assert Image.open(io.BytesIO(stored)).size == (32, 24)
+    assert outcome.blobs == (image["url"].removeprefix("blob:"),)
+    assert outcome.inference_s is not None and outcome.inference_s > 0
+    assert list(tmp_path.glob("*.png")) == []
+
+
+def test_the_log_tells_warnings_steps_and_seconds(host: SlotHost) -> None:
+    """The caller reads what was ignored, which weights served, how far it is and how long each stage took."""
+    _, lines = run(host, work())
+
+    messages = [line.message for line in lines]
+    assert [line.level for line in lines][:2] == ["WARN", "WARN"]
+    assert "pocket weights on CPU" in messages[2]
+    assert "denoise 3/3" in messages
+    assert any(message.startswith("png done in ") for message in messages)
+
+
+def test_a_cancelled_run_stops_at_the_next_step(host: SlotHost) -> None:
+    """A cancelled request ends in fal's words before its work is done."""
+    outcome, lines = run(host, work(num_inference_steps=200), cancel_after=5)
+
+    assert (outcome.status, outcome.error_type) == (499, "client_cancelled")
+    assert not any("200/200" in line.message for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("data", "type"),
+    [
+        (b"not a picture", "image_load_error"),
+        (png()[:40], "image_load_error"),
+        (png(5000, 1), "image_too_large"),
+    ],
+)
+def test_bad_pictures_are_fals_errors(host: SlotHost, data: bytes, type: str) -> None:
+    """What is wrong with the input points at the field that it came from."""
+    outcome, _ = run(host, work(image_url=data_uri(data)))
+
+    (item,) = outcome.body["detail"]
+    assert (outcome.status, item["type"], item["loc"]) == (422, type, ["body", "image_url"])
+    assert outcome.headers["X-Fal-Retryable"] == "false"
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/x.png", "blob:in/" + "0" * 64, "nonsense"])
+def test_inputs_that_cannot_be_had_are_download_errors(host: SlotHost, url: str) -> None:
+    """An unreachable, forgotten or meaningless input is fal's download error."""
+    outcome, _ = run(host, work(image_url=url))
+
+    assert outcome.error_type == "file_download_error"
+
+
+@pytest.mark.parametrize("url", ["http://localhost:8000/files/{key}", "https://127.0.0.1:8443/queue/files/{key}"])
+def test_our_own_files_are_read_without_the_network(host: SlotHost, settings: Settings, url: str) -> None:
+    """The URL of an earlier result can be an input, although nothing may be dialled on this machine."""
+    key = run(host, work())[0].blobs[0]
+
+    outcome, _ = run(host, work(image_url=url.format(key=key)))
+
+    assert (outcome.status, outcome.body["image"]["width"]) == (200, 64)
+
+
+def test_an_unforeseen_error_tells_nothing_to_strangers(host: SlotHost) -> None:
+    """A bug of ours is a 500 without particulars, and the slot goes on."""
+    outcome, _ = run(host, work(prompt="broken code"))
+
+    assert (outcome.status, outcome.error_type) == (500, "internal_server_error")
+    assert "nobody thought" not in str(outcome.body)
+    assert run(host, work())[0].status == 200
+
+
+def test_a_fault_of_the_device_ends_the_slot(host: SlotHost) -> None:
+    """After a CUDA fault nothing in the process can be trusted, so it is not answered but raised."""
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        run(host, work(prompt="broken device"))
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "type", "loc", "ctx"),
+    [
+        (
+            UnsupportedImageFormat("PSD", ["PNG"]),
+            422,
+            "unsupported_image_format",
+            "image_url",
+            {"supported_formats": ["PNG"]},
+        ),
+        (FileTooLarge(9), 422, "file_too_large", "image_url", {"max_size": 9}),
+        (
+            ImageTooSmall("small", width=1, height=1, min_width=16, min_height=8),
+            422,
+            "image_too_small",
+            "image_url",
+            {"min_width": 16, "min_height": 8},
+        ),
+        (InvalidParams("prompt", "bad"), 422, "value_error", "prompt", None),
+        (NonFiniteResult("nan"), 500, "internal_server_error", "body", None),
+    ],
+)
+def test_each_fault_has_fals_name(error: Exception, status: int, type: str, loc: str, ctx: object) -> None:
+    """The table from our exceptions to fal's types, with what each says besides."""
+    outcome = outcome_of(error)
+
+    assert outcome is not None
+    (item,) = outcome.body["detail"]
+    assert (outcome.status, item["type"], item["loc"][-1], item.get("ctx")) == (status, type, loc, ctx)
+
+
+def test_reports_become_lines() -> None:
+    """A stage that begins says nothing; steps, ends and remarks do."""
+    report = Report(stage="denoise", total=11)
+
+    assert line_of(report) is None
+    assert line_of(replace(report, step=3)) == "denoise 3/11"
+    assert line_of(replace(report, seconds=1.23)) == "denoise done in 1.2 s"
+    assert line_of(replace(report, message="retried in 32 bits")) == "retried in 32 bits"
+
+
+def test_a_local_run_writes_its_picture_whole_or_not_at_all(settings: Settings, tmp_path: Path) -> None:
+    """The command line's way to a pipeline leaves a picture, or what was there before."""
+    output = tmp_path / "out.png"
+    output.write_bytes(b"before")
+    local = LocalRun(settings, device="cpu", pipelines=PIPELINES)
+
+    with pytest.raises(KeyError):
+        local.make(work(prompt="broken code").job, png(), output, lambda report: None)
+    assert output.read_bytes() == b"before"
+    made = local.make(work().job, png(), output, lambda report: None)
+
+    with Image.open(output) as picture:
+        assert picture.size == (made.width, made.height) == (32, 24)
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["out.png"]
