@@ -118,6 +118,9 @@ def decode(data: bytes, *, max_pixels: int) -> Picture:
     kind = _kind(data)
     if kind not in _READERS:
         raise UnsupportedImageFormat(kind, SUPPORTED_FORMATS)
+    if kind == "WEBP":
+        # Pillow's reader allocates the canvas at once, and has a limit of its own for it.
+        _check_size(_webp_size(data), min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels)))
     # Pillow reports damaged metadata by warnings; they say nothing about the pixels.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -218,6 +221,18 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
             max_width=int(width * shrink),
             max_height=int(height * shrink),
         )
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Read the canvas size of a WebP file from its first chunk (RFC 9649, section 2)."""
+    if len(data) < 30:
+        raise ImageLoadError("The WEBP file is truncated.")
+    if data[12:16] == b"VP8X":
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    if data[12:16] == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
 
 
 def _check_png(data: bytes) -> None:

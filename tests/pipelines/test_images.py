@@ -282,6 +282,25 @@ def test_a_png_bomb_is_refused_from_its_header() -> None:
     assert caught.value.max_width * caught.value.max_height <= MAX_PIXELS < (caught.value.max_width + 1) ** 2
 
 
+def test_a_webp_bomb_is_refused_before_its_canvas_is_allocated() -> None:
+    """The largest canvas that WebP can announce is refused with its size."""
+    bomb = b"RIFF\x16\0\0\0WEBPVP8X\x0a\0\0\0" + bytes(4) + (2**24 - 1).to_bytes(3, "little") * 2
+
+    with pytest.raises(ImageTooLarge) as caught:
+        decode(bomb, max_pixels=10**18)
+
+    assert caught.value.width == caught.value.height == 2**24
+
+
+@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"}])
+def test_webp_sizes_are_read_from_every_kind_of_first_chunk(options: dict[str, Any]) -> None:
+    """Lossy, lossless and extended files announce their size in different places."""
+    data = save(colours(50, 40), "WEBP", **options)
+
+    with pytest.raises(ImageTooLarge, match="50 x 40"):
+        decode(data, max_pixels=1999)
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF"])
 def test_the_limit_holds_for_every_format(kind: str) -> None:
     """One pixel too many is too many; exactly the limit is not."""
@@ -306,13 +325,13 @@ def test_wrong_checksums_are_damage() -> None:
 
 
 def test_only_our_own_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pillow's process-wide limit neither refuses nor warns, and is not changed."""
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    """Pillow would warn above its process-wide limit; that limit is neither heard nor changed."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
 
     pictures = [read(save(colours(), kind)) for kind in SUPPORTED_FORMATS]
 
     assert {(picture.width, picture.height) for picture in pictures} == {(48, 40)}
-    assert Image.MAX_IMAGE_PIXELS == 100
+    assert Image.MAX_IMAGE_PIXELS == 1000
 
 
 def test_a_wide_gamut_profile_is_converted_and_kept() -> None:

@@ -1,0 +1,74 @@
+"""Give a result back the colours of its reference: diffusion and VAE shift tones, mostly towards mid-grey.
+
+`wavelet_match` replaces the coarse part of the result by that of the reference, as SUPIR and StableSR do
+(arXiv:2305.07015); `adain_match` moves mean and spread of each channel (arXiv:1703.06868).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def halo_rows(levels: int) -> int:
+    """Return how many pixels around a pixel `wavelet_match` looks at, in each direction."""
+    return 2**levels - 1
+
+
+def wavelet_match(result: Tensor, reference: Tensor, *, levels: int, amount: float) -> Tensor:
+    """Keep the detail of `result` and take the tones of `reference`.
+
+    The coarse part is the low band of an à-trous wavelet transform: smoothing with [1 2 1] / 4 along both axes, the
+    taps 1, 2, 4, … px apart. The transform is linear, so the low band of the difference is all that is needed. Borders
+    are continued with their last pixel.
+
+    A band of rows gives the same pixels as the whole picture if both inputs have `halo_rows(levels)` more rows above
+    and below, where the picture has them, which are cut off afterwards.
+
+    Args:
+        result: (1, 3, H, W) floating point, 0..1.
+        reference: Of the same shape, dtype and device.
+        levels: Octaves that count as detail; structures above about 2^levels px are tones.
+        amount: 0 returns the result, 1 has the tones of the reference alone.
+
+    Returns:
+        (1, 3, H, W), clamped to 0..1, same dtype and device; `result` itself for amount 0.
+    """
+    if amount == 0:
+        return result
+    low = reference - result
+    for level in range(levels):
+        low = _smoothed(_smoothed(low, 2**level, dim=-1), 2**level, dim=-2)
+    return (result + amount * low).clamp_(0, 1)
+
+
+def adain_match(result: Tensor, reference: Tensor, *, amount: float = 1.0) -> Tensor:
+    """Give each channel of `result` the mean and the standard deviation that it has in `reference`.
+
+    Both are of the whole picture: bands cannot be matched one by one.
+
+    Args:
+        result: (1, 3, H, W) floating point, 0..1.
+        reference: (1, 3, h, w), the same dtype and device; the size may differ.
+        amount: 0 returns the result, 1 matches fully.
+
+    Returns:
+        (1, 3, H, W), clamped to 0..1, same dtype and device; `result` itself for amount 0.
+    """
+    if amount == 0:
+        return result
+    std, mean = torch.std_mean(result, dim=(-2, -1), keepdim=True, correction=0)
+    wanted_std, wanted_mean = torch.std_mean(reference, dim=(-2, -1), keepdim=True, correction=0)
+    gain = torch.where(std > 1e-4, wanted_std / std.clamp_min(1e-4), 1.0)  # flat channels have no contrast to stretch
+    matched = (result - mean) * gain + wanted_mean
+    return torch.lerp(result, matched, amount).clamp_(0, 1)
+
+
+def _smoothed(image: Tensor, distance: int, *, dim: int) -> Tensor:
+    """Smooth along one axis with [1 2 1] / 4, taps `distance` px apart."""
+    padding = (distance, distance, 0, 0) if dim == -1 else (0, 0, distance, distance)
+    padded = F.pad(image, padding, mode="replicate")
+    length = image.shape[dim]
+    outer = padded.narrow(dim, 0, length) + padded.narrow(dim, 2 * distance, length)
+    return outer.mul_(0.25).add_(image, alpha=0.5)
