@@ -1,0 +1,366 @@
+"""The dispatcher brings every request to exactly one end, whatever becomes of slots and of itself."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from server.dispatcher import Dispatcher, leadership
+from server.engine import Event, SlotInfo, SlotLost, SlotState, Work
+from server.ledger import Ledger, NewLog, NewRequest, Outcome
+from server.settings import Settings
+from server.storage import Storage
+from server.wakeup import Bell
+from server.webhooks import SigningKey, WebhookSender
+
+DONE = Outcome(status=200, body={"seed": 1}, inference_s=0.5, blobs=("out/a.png",))
+READY = SlotInfo(id="0", state=SlotState.READY, device="cpu", weights="pocket", hot=frozenset({"p"}))
+
+
+@dataclass
+class FakeEngine:
+    """Slots in memory; the test plays what happens on them."""
+
+    infos: dict[str, SlotInfo] = field(default_factory=lambda: {"0": READY})
+    works: list[Work] = field(default_factory=list)
+    queues: dict[str, asyncio.Queue[Event | None]] = field(default_factory=dict)
+    cancelled: list[str] = field(default_factory=list)
+    killed: list[str] = field(default_factory=list)
+    past: list[Event] = field(default_factory=list)
+
+    def slots(self) -> list[SlotInfo]:
+        return list(self.infos.values())
+
+    def run(self, slot_id: str, work: Work) -> AsyncIterator[list[Event]]:
+        self.works.append(work)
+        self.infos[slot_id] = replace(self.infos[slot_id], state=SlotState.BUSY, token=work.token)
+        return self._follow(work.token)
+
+    def attach(self, slot_id: str, token: str) -> AsyncIterator[list[Event]]:
+        return self._follow(token)
+
+    async def _follow(self, token: str) -> AsyncIterator[list[Event]]:
+        queue = self.queues.setdefault(token, asyncio.Queue())
+        for event in self.past:
+            yield [event]
+        while (event := await queue.get()) is not None:
+            self.past.append(event)
+            yield [event]
+            if event.outcome:
+                return
+        raise SlotLost("it died")
+
+    async def say(self, token: str, *events: Event | None) -> None:
+        for event in events:
+            self.queues.setdefault(token, asyncio.Queue()).put_nowait(event)
+        await asyncio.sleep(0.1)
+
+    async def acknowledge(self, slot_id: str, token: str) -> None:
+        if self.infos[slot_id].token == token:
+            self.infos[slot_id] = replace(self.infos[slot_id], state=SlotState.READY, token=None)
+            self.past.clear()
+
+    async def cancel(self, slot_id: str, token: str) -> None:
+        self.cancelled.append(token)
+
+    async def kill(self, slot_id: str) -> None:
+        self.killed.append(slot_id)
+
+    async def close(self) -> None:
+        """Nothing to let go of."""
+
+
+@dataclass
+class Scene:
+    """What a story has at hand; `successor` is a dispatcher that knows nothing yet."""
+
+    settings: Settings
+    ledger: Ledger
+    engine: FakeEngine
+    dispatcher: Dispatcher
+    successor: Callable[[], Dispatcher]
+
+    async def submit(self, request_id: str = "r", **fields: object) -> None:
+        job = {"pipeline": "p", "params": {}, "image": "u", "warnings": []}
+        await self.ledger.submit(NewRequest(id=request_id, endpoint="e", job=job, **fields))  # type: ignore[arg-type]
+
+    async def state(self, request_id: str = "r") -> tuple[str, int | None, str | None]:
+        row = await self.ledger.get(request_id)
+        assert row is not None
+        return row.state, row.outcome_status, row.error_type
+
+    async def lines(self, request_id: str = "r") -> list[str]:
+        return [line.message for line in await self.ledger.logs(request_id)]
+
+
+Story = Callable[[Scene], Awaitable[None]]
+Play = Callable[..., None]
+
+
+@pytest.fixture
+def play(settings: Settings, ledger: Ledger) -> Play:
+    """Run a story with a dispatcher on a real ledger and a fake engine."""
+
+    def run(story: Story, **knobs: object) -> None:
+        async def scene() -> None:
+            chosen = settings.model_copy(update=knobs)
+            engine = FakeEngine()
+            webhooks = WebhookSender(chosen, ledger, await SigningKey.open(ledger))
+            with closing(Bell(chosen.run_dir, "dispatcher")) as bell:
+
+                def dispatcher() -> Dispatcher:
+                    return Dispatcher(chosen, ledger, engine, Storage.open(chosen), webhooks, bell)
+
+                await story(Scene(chosen, ledger, engine, dispatcher(), dispatcher))
+                await webhooks.close()
+                for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                    task.cancel()
+
+        asyncio.run(scene())
+
+    return run
+
+
+def said(seq: int, message: str) -> Event:
+    return Event(seq=seq, log=NewLog(float(seq), "INFO", message))
+
+
+def test_a_request_runs_and_its_answer_is_recorded(play: Play) -> None:
+    """Claimed, followed, completed with its log, and the slot is free again."""
+
+    async def story(scene: Scene) -> None:
+        await scene.submit()
+        await scene.dispatcher.step()
+        assert await scene.state() == ("IN_PROGRESS", None, None)
+        (work,) = scene.engine.works
+
+        await scene.engine.say(work.token, said(1, "denoise 1/2"), said(2, "denoise 2/2"), Event(seq=3, outcome=DONE))
+
+        assert await scene.state() == ("COMPLETED", 200, None)
+        assert await scene.lines() == ["denoise 1/2", "denoise 2/2"]
+        assert scene.engine.infos["0"].state is SlotState.READY
+
+    play(story)
+
+
+def test_a_free_slot_takes_one_request(play: Play) -> None:
+    """The second request waits until the first one is recorded."""
+
+    async def story(scene: Scene) -> None:
+        await scene.submit("first")
+        await scene.submit("second")
+        await scene.dispatcher.step()
+        await scene.dispatcher.step()
+        assert [work.request_id for work in scene.engine.works] == ["first"]
+
+        await scene.engine.say(scene.engine.works[0].token, Event(seq=1, outcome=DONE))
+        await scene.dispatcher.step()
+
+        assert [work.request_id for work in scene.engine.works] == ["first", "second"]
+
+    play(story)
+
+
+def test_a_request_whose_slot_died_runs_again(play: Play) -> None:
+    """The request goes back to its place, its log says so, and another attempt ends it."""
+
+    async def story(scene: Scene) -> None:
+        await scene.submit()
+        await scene.dispatcher.step()
+        await scene.engine.say(scene.engine.works[0].token, said(1, "denoise 1/2"), None)
+        assert (await scene.state())[0] == "IN_QUEUE"
+        scene.engine.infos["0"], _ = READY, scene.engine.past.clear()
+
+        await scene.dispatcher.step()
+        await scene.engine.say(scene.engine.works[1].token, said(1, "denoise 1/2"), Event(seq=2, outcome=DONE))
+
+        assert await scene.state() == ("COMPLETED", 200, None)
+        assert "The worker was lost in attempt 1 of 3" in (await scene.lines())[1]
+        assert len(await scene.lines()) == 3
+
+    play(story)
+
+
+@pytest.mark.parametrize(("retry", "attempts"), [(True, 3), (False, 1)])
+def test_a_request_that_kills_its_slots_is_given_up(play: Play, retry: bool, attempts: int) -> None:
+    """After the last attempt the request ends in fal's words, with a status that clients do not repeat."""
+
+    async def story(scene: Scene) -> None:
+        await scene.submit(retry=retry)
+        for n in range(attempts):
+            scene.engine.infos["0"] = READY
+            await scene.dispatcher.step()
+            await scene.engine.say(scene.engine.works[n].token, None)
+
+        assert await scene.state() == ("COMPLETED", 500, "runner_disconnected")
+        await scene.dispatcher.step()
+        assert len(scene.engine.works) == attempts
+
+    play(story)
+
+
+def test_a_new_dispatcher_follows_what_runs(play: Play) -> None:
+    """The successor reads the run from its first event and writes down only what is new."""
+
+    async def story(scene: Scene) -> None:
+        await scene.submit()
+        await scene.dispatcher.step()
+        token = scene.engine.works[0].token
+        await scene.engine.say(token, said(1, "denoise 1/2"))
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        await asyncio.sleep(0.05)
+
+        await scene.successor().step()
+        await scene.engine.say(token, said(2, "denoise 2/2"), Event(seq=3, outcome=DONE))
+
+        assert await scene.state() == ("COMPLETED", 200, None)
+        assert await scene.lines() == ["denoise 1/2", "denoise 2/2"]
+        assert len(scene.engine.works) == 1
+
+    play(story)
+
+
+@pytest.mark.parametrize("slot", [READY, None])
+def test_a_new_dispatcher_takes_back_what_nobody_runs(play: Play, slot: SlotInfo | None) -> None:
+    """A run whose slot was restarted, or is not part of the fleet any more, starts again."""
+
+    async def story(scene: Scene) -> None:
+        await scene.submit()
+        await scene.ledger.claim("r", "gone" if slot is None else "0", "old token")
+
+        await scene.successor().step()
+
+        assert [work.request_id for work in scene.engine.works] == ["r"]
+        assert scene.engine.works[0].token != "old token"
+
+    play(story)
+
+
+def test_a_slot_that_is_down_for_a_moment_keeps_its_run(play: Play) -> None:
+    """A dispatcher that starts before its connections are up does not tear a run away from a live slot."""
+
+    async def story(scene: Scene) -> None:
+        await scene.submit()
+        await scene.ledger.claim("r", "0", "token")
+        scene.engine.infos["0"] = SlotInfo(id="0", state=SlotState.DOWN)
+        dispatcher = scene.successor()
+        await dispatcher.step()
+        assert (await scene.state())[0] == "IN_PROGRESS"
+
+        scene.engine.infos["0"] = replace(READY, state=SlotState.BUSY, token="token")
+        await dispatcher.step()
+        await scene.engine.say("token", Event(seq=1, outcome=DONE))
+
+        assert await scene.state() == ("COMPLETED", 200, None)
+
+    play(story)
+
+
+def test_an_outcome_that_was_recorded_before_frees_its_slot(play: Play) -> None:
+    """A dispatcher that died between recording and acknowledging leaves a busy slot to its successor."""
+
+    async def story(scene: Scene) -> None:
+        scene.engine.infos["0"] = replace(READY, state=SlotState.BUSY, token="recorded already")
+
+        await scene.successor().step()
+
+        assert scene.engine.infos["0"].state is SlotState.READY
+
+    play(story)
+
+
+def test_cancelling_asks_the_slot_first_and_kills_it_late(play: Play) -> None:
+    """A run that does not stop within its grace costs the slot; the request ends as cancelled, not again in the queue."""
+
+    async def story(scene: Scene) -> None:
+        await scene.submit()
+        await scene.dispatcher.step()
+        token = scene.engine.works[0].token
+        await scene.ledger.request_cancel("r")
+        await scene.dispatcher.step()
+        assert (scene.engine.cancelled, scene.engine.killed) == ([token], [])
+
+        await asyncio.sleep(0.06)
+        await scene.dispatcher.step()
+        assert scene.engine.killed == ["0"]
+        await scene.engine.say(token, None)
+
+        assert await scene.state() == ("COMPLETED", 499, "client_cancelled")
+
+    play(story, cancel_grace_s=0.05)
+
+
+def test_a_request_that_waited_too_long_ends(play: Play) -> None:
+    """A start deadline that passed in the queue ends the request; nothing runs."""
+
+    async def story(scene: Scene) -> None:
+        await scene.submit(start_deadline=time.time() - 1.0)
+
+        await scene.dispatcher.step()
+
+        assert await scene.state() == ("COMPLETED", 504, "request_timeout")
+        assert scene.engine.works == []
+
+    play(story)
+
+
+def test_slots_are_written_down_for_readiness(play: Play) -> None:
+    """What the gateway reads about slots is what the engine knows, at once when it changes."""
+
+    async def story(scene: Scene) -> None:
+        await scene.dispatcher.step()
+        assert await scene.ledger.is_ready()
+
+        scene.engine.infos["0"] = SlotInfo(id="0", state=SlotState.DOWN)
+        await scene.dispatcher.step()
+
+        assert not await scene.ledger.is_ready()
+
+    play(story)
+
+
+def test_what_is_past_its_retention_is_forgotten_with_its_files(play: Play, settings: Settings) -> None:
+    """The sweep removes the request and the picture that only it held."""
+
+    async def story(scene: Scene) -> None:
+        storage = Storage.open(scene.settings)
+        await storage.put_bytes("out/a.png", b"picture")
+        scene.ledger._retention_s = 0.0
+        await scene.submit()
+        await scene.dispatcher.step()
+        await scene.engine.say(scene.engine.works[0].token, Event(seq=1, outcome=DONE))
+
+        await scene.successor().step()
+
+        assert await scene.ledger.get("r") is None
+        assert await storage.head("out/a.png") is None
+
+    play(story)
+
+
+def test_there_is_one_leader(tmp_path: Path) -> None:
+    """A second dispatcher waits until the first one is gone."""
+    path = tmp_path / "lock"
+    order: list[str] = []
+
+    def second() -> None:
+        with leadership(path):
+            order.append("second")
+
+    async def scene() -> None:
+        with leadership(path):
+            waiting = asyncio.create_task(asyncio.to_thread(second))
+            await asyncio.sleep(0.1)
+            order.append("first")
+        await waiting
+
+    asyncio.run(scene())
+
+    assert order == ["first", "second"]
