@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.bands import cut, filter_bands
-from pipelines.colour import wavelet_match
+from pipelines.colour import halo_rows, wavelet_match
 from pipelines.errors import ImageTooLarge, InvalidParams, NonFiniteResult
 from pipelines.images import Picture, bleed_edges, decode, restore_profile, upscale_alpha
 from pipelines.multidiffusion import tiled_denoise
@@ -186,7 +186,7 @@ class CreativeUpscaler:
             matched = filter_bands(
                 _compensated(vae, start, final, padded, weight=compensation_weight(params.strength)),
                 lambda rows, reference: wavelet_match(rows, reference, levels=levels, amount=1 - params.strength),
-                halo=2**levels,
+                halo=halo_rows(levels),
             )
             return cut(matched, *before.shape[-2:])
 

@@ -45,7 +45,7 @@ def weight_hash(pipeline: CreativeUpscaler) -> str:
     modules = (pipeline.model.unet, pipeline.model.controlnet, pipeline.model.hint_embedding, pipeline.vae.vae)
     for module in (*modules, pipeline.model.text_encoder):
         for tensor in module.state_dict().values():
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
 
 
