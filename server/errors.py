@@ -157,6 +157,10 @@ class MethodNotAllowed(GatewayError):
 class StillInProgress(GatewayError):
     """Request is still in progress"""
 
+    def __init__(self, request_id: str) -> None:
+        super().__init__()
+        self.request_id = request_id
+
 
 class NotAuthenticated(GatewayError):
     """Authentication is required to access this application."""
@@ -164,6 +168,10 @@ class NotAuthenticated(GatewayError):
 
 class InvalidCredentials(GatewayError):
     """Invalid key credentials; create one with the operator of this server."""
+
+
+class ClientDisconnected(GatewayError):
+    """The client hung up before the answer."""
 
 
 class QueueFull(GatewayError):
@@ -209,6 +217,7 @@ ANSWERS: Mapping[type[Exception], Answer] = {
     StillInProgress: Answer(status=400),
     NotAuthenticated: Answer(status=401, headers={"WWW-Authenticate": "Key"}),
     InvalidCredentials: Answer(status=401, headers={"WWW-Authenticate": "Key"}),
+    ClientDisconnected: Answer(status=499, error_type="client_disconnected"),
     QueueFull: Answer(status=429, error_type="concurrent_requests_limit", headers={"X-Fal-Needs-Retry": "1"}),
     BodyTooLarge: Answer(status=413, error_type="bad_request"),
     BadRequest: Answer(status=400, error_type="bad_request"),
@@ -231,6 +240,8 @@ def answer_to(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     headers = dict(answer.headers)
     if isinstance(error, RequestNotFound):
         body = {"status": "NOT_FOUND", **body}
+    if isinstance(error, StillInProgress):
+        headers["x-fal-request-id"] = error.request_id
     if isinstance(error, RangeNotSatisfiable):
         headers["Content-Range"] = f"bytes */{error.size_bytes}"
     if answer.error_type:

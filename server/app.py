@@ -1,0 +1,187 @@
+"""What is plugged into what: the gateway's layers, routes and listeners."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import structlog
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from server.auth import Keyring
+from server.envelope import Envelope
+from server.errors import GatewayError, InvalidInput, MethodNotAllowed, PathNotFound, answer_to, detail_item, to_json
+from server.gateway import Gateway
+from server.hosts import HostRouting
+from server.ledger import Ledger
+from server.ledger.sqlite import LedgerUnavailable
+from server.routes import files, ops, queue, run
+from server.settings import Settings
+from server.storage import Storage
+from server.tls import ensure_certificates
+from server.wakeup import Bell
+
+KEEP_ALIVE_S = 75
+CERTIFICATE_CHECK_S = 86400.0
+
+log = structlog.get_logger()
+
+
+class GatewayApp(FastAPI):
+    """FastAPI with our two layers outside of everything, so that they see internal errors as well."""
+
+    settings: Settings
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """The layers from outside in: envelope, routing by host, FastAPI's own."""
+        routing = HostRouting(
+            super().build_middleware_stack(),
+            public_url=self.settings.public_url,
+            trusted_proxies=self.settings.trusted_proxies,
+        )
+        return Envelope(routing)
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The gateway as an ASGI application; its lifespan opens and closes the ledger."""
+    app = GatewayApp(
+        title="creative-upscaler",
+        description="A self-hosted inference server for creative image upscaling that speaks fal's HTTP API.",
+        lifespan=lifespan,
+        redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.settings = settings
+    for router in (run.router, queue.router, files.router, ops.router):
+        app.include_router(router)
+    for kind in (GatewayError, InvalidInput, LedgerUnavailable):
+        app.add_exception_handler(kind, answer_known)
+    app.add_exception_handler(HTTPException, answer_http)
+    app.add_exception_handler(RequestValidationError, answer_parameters)
+    app.add_exception_handler(Exception, answer_unknown)
+    return app
+
+
+@contextlib.asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Open what the routes work with for as long as the app runs."""
+    assert isinstance(app, GatewayApp)
+    settings = app.settings
+    with (
+        contextlib.closing(Ledger.open(settings)) as ledger,
+        contextlib.closing(Bell(settings.run_dir, "gateway")) as bell,
+    ):
+        app.state.gateway = Gateway(
+            settings=settings,
+            ledger=ledger,
+            storage=Storage.open(settings),
+            keyring=Keyring(settings.api_keys),
+            bell=bell,
+        )
+        yield
+
+
+async def answer_known(request: Request, error: Exception) -> Response:
+    """One of our exceptions in fal's words."""
+    status, body, headers = answer_to(error)
+    return Response(to_json(body), status, headers, media_type="application/json")
+
+
+async def answer_http(request: Request, error: Exception) -> Response:
+    """What the router itself refuses: unknown paths and methods."""
+    assert isinstance(error, HTTPException)
+    known: Exception = PathNotFound(request.url.path) if error.status_code == 404 else GatewayError(str(error.detail))
+    if error.status_code == 405:
+        known = MethodNotAllowed()
+    status, body, headers = answer_to(known)
+    if type(known) is GatewayError:
+        status, body = error.status_code, {"detail": error.detail}
+    return Response(to_json(body), status, {**headers, **(error.headers or {})}, media_type="application/json")
+
+
+async def answer_parameters(request: Request, error: Exception) -> Response:
+    """Query parameters and path parts that do not fit."""
+    assert isinstance(error, RequestValidationError)
+    items = [
+        detail_item(found["type"], found["msg"], loc=found["loc"], ctx=found.get("ctx"), input=found.get("input"))
+        for found in error.errors()
+    ]
+    return await answer_known(request, InvalidInput(items))
+
+
+async def answer_unknown(request: Request, error: Exception) -> Response:
+    """A fault of ours: said without particulars, logged with all of them."""
+    log.error("internal_error", path=request.url.path, exc_info=error)
+    return await answer_known(request, error)
+
+
+class Listener(uvicorn.Server):
+    """A uvicorn server that leaves signals to whoever runs it."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Nothing to capture."""
+        yield
+
+
+async def serve_gateway(settings: Settings) -> None:
+    """Serve the app on the HTTP and the HTTPS port until cancelled; open requests then have `drain_s` to end."""
+    app = create_app(settings)
+    async with app.router.lifespan_context(app):
+        listeners = make_listeners(app, settings)
+        serving = [asyncio.create_task(listener.serve()) for listener in listeners]
+        renewing = asyncio.create_task(renew_certificates(settings, listeners))
+        try:
+            await asyncio.wait(serving, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            renewing.cancel()
+            for listener in listeners:
+                listener.should_exit = True
+            await asyncio.gather(*serving, return_exceptions=True)
+        for task in serving:
+            task.result()
+
+
+def make_listeners(app: FastAPI, settings: Settings) -> list[Listener]:
+    """One server per port that is not off, all with the same app."""
+    common: dict[str, Any] = {
+        "app": app,
+        "host": settings.host,
+        "lifespan": "off",
+        "ws": "none",
+        "access_log": False,
+        "log_config": None,
+        "server_header": False,
+        "proxy_headers": False,
+        "timeout_keep_alive": KEEP_ALIVE_S,
+        "timeout_graceful_shutdown": max(1, round(settings.drain_s)),
+    }
+    configs = [uvicorn.Config(port=settings.port, **common)] if settings.port else []
+    if settings.tls_port:
+        certificates = ensure_certificates(settings)
+        configs.append(
+            uvicorn.Config(
+                port=settings.tls_port, ssl_certfile=certificates.chain, ssl_keyfile=certificates.key, **common
+            )
+        )
+    return [Listener(config) for config in configs]
+
+
+async def renew_certificates(settings: Settings, listeners: list[Listener]) -> None:
+    """Once a day, renew our certificate if it is due; new connections get the new one."""
+    while True:
+        await asyncio.sleep(CERTIFICATE_CHECK_S)
+        contexts = [listener.config.ssl for listener in listeners if isinstance(listener.config.ssl, ssl.SSLContext)]
+        if contexts:
+            certificates = await asyncio.to_thread(ensure_certificates, settings)
+            for context in contexts:
+                context.load_cert_chain(certificates.chain, certificates.key)

@@ -1,0 +1,174 @@
+"""From an HTTP request to a row in the ledger: what run and submit have in common."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from fastapi import Request
+
+from server.endpoints import Endpoint
+from server.errors import DOWNLOAD_FAILED, InvalidInput, detail_item, model_errors
+from server.gateway import Gateway
+from server.hosts import MEDIA_HOSTS
+from server.inputs import FileTooLarge, MalformedDataURI, decode_data_uri
+from server.ledger import NewLog, NewRequest
+from server.routes.dependencies import MEBIBYTE
+from server.schemas import BLOB, Base
+from server.storage import is_public
+
+FOREVER_S = 100 * 365 * 86400.0
+MAX_NAMED_FIELDS = 20
+LIFECYCLE = "x-fal-object-lifecycle-preference"
+
+
+async def admit(
+    request: Request,
+    gateway: Gateway,
+    endpoint: Endpoint[Any],
+    payload: Any,
+    *,
+    caller: str,
+    base: Base,
+    webhook_url: str | None = None,
+) -> NewRequest:
+    """The request that the ledger is to accept; an invalid input makes one that is over already, with its 422."""
+    headers = request.headers
+    new = NewRequest(
+        id=str(uuid.uuid4()),
+        endpoint=endpoint.id,
+        job=None,
+        priority="low" if headers.get("x-fal-queue-priority", "").strip().lower() == "low" else "normal",
+        start_deadline=start_deadline(headers),
+        caller=caller,
+        webhook_url=webhook_url,
+        store_io=headers.get("x-fal-store-io", "").strip() != "0",
+        base_url=base.root,
+        expires_s=lifecycle_s(headers.get(LIFECYCLE), LIFECYCLE),
+        retry=headers.get("x-fal-no-retry", "").strip().lower() not in ("1", "true", "yes"),
+    )
+    try:
+        job = endpoint.job(endpoint.parse(payload))
+        reference = await place_image(gateway, job["image"], base)
+    except InvalidInput as error:
+        return replace(new, outcome=model_errors(error.items))
+    is_ours = reference.startswith(f"{BLOB}in/")
+    return replace(
+        new,
+        job={**job, "image": reference},
+        logs=tuple(_warn([*_unknown(endpoint, payload), *job["warnings"]])),
+        blobs=(reference.removeprefix(BLOB),) if is_ours else (),
+    )
+
+
+def start_deadline(headers: Mapping[str, str]) -> float | None:
+    """The time after which the caller does not want the request started; the newer header counts."""
+    for name in ("x-fal-request-start-timeout", "x-fal-request-timeout"):
+        try:
+            seconds = float(headers.get(name, ""))
+        except ValueError:
+            continue
+        if 0 < seconds < FOREVER_S:
+            return time.time() + seconds
+    return None
+
+
+def lifecycle_s(text: str | None, name: str) -> float | None:
+    """Seconds a file shall be kept, from fal's lifecycle header; None: as long as the settings say.
+
+    Raises:
+        InvalidInput: The header is not what fal documents.
+    """
+    if not text:
+        return None
+    try:
+        preference = json.loads(text)
+        seconds = preference["expiration_duration_seconds"] if preference else None
+        if seconds is None:
+            return FOREVER_S if preference and "expiration_duration_seconds" in preference else None
+        if isinstance(seconds, bool) or not 0 < float(seconds) <= FOREVER_S:
+            raise ValueError(seconds)
+        return float(seconds)
+    except KeyError:
+        return None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        item = detail_item(
+            "value_error",
+            'Expected JSON of the form {"expiration_duration_seconds": seconds or null}',
+            loc=("header", name),
+            input=text,
+        )
+        raise InvalidInput([item]) from error
+
+
+async def place_image(gateway: Gateway, image_url: str, base: Base) -> str:
+    """What the slot shall read: a URL, or `blob:<key>` for a data URI, stored here, and for a file of ours.
+
+    Raises:
+        InvalidInput: It is neither a data URI nor an http(s) URL, or it names a file that we do not have.
+    """
+    if image_url[:5].lower() == "data:":
+        max_bytes = int(gateway.settings.max_download_mb * MEBIBYTE)
+        try:
+            data = await asyncio.to_thread(decode_data_uri, image_url, max_bytes)
+        except FileTooLarge as error:
+            raise _bad_image("file_too_large", str(error), image_url, {"max_size": error.max_bytes}) from error
+        except MalformedDataURI as error:
+            raise _bad_image("image_load_error", str(error), image_url) from error
+        return BLOB + await gateway.storage.put_input(data)
+    key = own_key(image_url, _own_hosts(gateway, base))
+    if key is None:
+        return image_url
+    if await gateway.storage.head(key) is None:
+        raise _bad_image("file_download_error", DOWNLOAD_FAILED, image_url)
+    return BLOB + key
+
+
+def own_key(url: str, own_hosts: Sequence[str]) -> str | None:
+    """The key of a file of ours that a URL names; None for any other URL.
+
+    Raises:
+        InvalidInput: It is not an http(s) URL.
+    """
+    try:
+        parts = urlsplit(url.strip())
+        host = parts.hostname
+    except ValueError as error:
+        raise _bad_image("file_download_error", DOWNLOAD_FAILED, url) from error
+    if parts.scheme.lower() not in ("http", "https") or not host:
+        raise _bad_image("file_download_error", f"{DOWNLOAD_FAILED} Expected an http(s) URL or a data URI.", url)
+    path = unquote(parts.path)
+    key = path.partition("/files/")[2]
+    return key if parts.netloc.lower() in own_hosts and is_public(key) else None
+
+
+def _own_hosts(gateway: Gateway, base: Base) -> tuple[str, ...]:
+    public = gateway.settings.public_url
+    return (
+        urlsplit(base.root).netloc.lower(),
+        urlsplit(public).netloc.lower() if public else "",
+        *MEDIA_HOSTS,
+    )
+
+
+def _bad_image(kind: str, msg: str, value: str, ctx: Mapping[str, Any] | None = None) -> InvalidInput:
+    return InvalidInput([detail_item(kind, msg, loc=("body", "image_url"), ctx=ctx, input=value[:200])])
+
+
+def _unknown(endpoint: Endpoint[Any], payload: Any) -> list[str]:
+    names = endpoint.unknown_fields(payload)
+    lines = [f"unknown field {name[:100]!r} is ignored" for name in names[:MAX_NAMED_FIELDS]]
+    if len(names) > MAX_NAMED_FIELDS:
+        lines.append(f"{len(names) - MAX_NAMED_FIELDS} more unknown fields are ignored")
+    return lines
+
+
+def _warn(lines: Sequence[str]) -> list[NewLog]:
+    now = time.time()
+    return [NewLog(now, "WARN", line) for line in lines]

@@ -1,0 +1,36 @@
+"""For whoever operates the server: is it alive, can it work."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from fastapi.responses import Response
+
+from server.errors import to_json
+from server.ledger import SlotRow
+from server.routes.dependencies import GatewayDep
+
+router = APIRouter(tags=["operation"])
+
+
+@router.api_route("/health", methods=["GET", "HEAD"])
+async def health() -> Response:
+    """200 as long as this process answers."""
+    return Response(b'{"status":"ok"}', media_type="application/json")
+
+
+@router.api_route("/ready", methods=["GET", "HEAD"])
+async def ready(gateway: GatewayDep) -> Response:
+    """200 when some slot can take a request, 503 while none can; says what each slot is and does."""
+    is_ready = await gateway.ledger.is_ready()
+    body = {"ready": is_ready, "slots": [_slot(slot) for slot in await gateway.ledger.slots()]}
+    return Response(to_json(body), 200 if is_ready else 503, media_type="application/json")
+
+
+def _slot(slot: SlotRow) -> dict[str, str]:
+    return {
+        "id": slot.id,
+        "state": slot.state,
+        "device": slot.device,
+        "weights": slot.weights,
+        "detail": slot.detail,
+    }

@@ -1,0 +1,206 @@
+"""The queue API: submit, status, status as a stream, result, cancel."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+import structlog
+from fastapi import APIRouter, Path, Query, Request
+from fastapi.responses import Response, StreamingResponse
+
+from server.errors import InvalidInput, PathNotFound, QueueFull, RequestNotFound, StillInProgress, detail_item, to_json
+from server.gateway import POLL_S, Gateway
+from server.ledger import LogRow, RequestRow
+from server.routes.admission import admit
+from server.routes.dependencies import BaseDep, Caller, EndpointDep, GatewayDep, Payload
+from server.schemas import Base, result_bytes, status_body, submitted
+
+KEEP_ALIVE_S = 15.0
+JSON = "application/json"
+CANCEL_STATUS = {"OK": 200, "CANCELLATION_REQUESTED": 202, "ALREADY_COMPLETED": 400, "NOT_FOUND": 404}
+
+router = APIRouter(prefix="/queue", tags=["queue"])
+log = structlog.get_logger()
+
+RequestId = Annotated[str, Path(max_length=200)]
+
+
+@router.post("/{owner}/{alias}")
+async def submit(
+    request: Request,
+    endpoint: EndpointDep,
+    gateway: GatewayDep,
+    base: BaseDep,
+    caller: Caller,
+    payload: Payload,
+    fal_webhook: str | None = None,
+    fal_max_queue_length: Annotated[int | None, Query(ge=0)] = None,
+) -> Response:
+    """Queue a request and return its id and URLs.
+
+    An input that does not fit the schema is accepted as well; its 422 is the request's result, as it is with fal.
+    """
+    webhook_url = checked_webhook(fal_webhook)
+    if fal_max_queue_length is not None and await gateway.ledger.num_queued() > fal_max_queue_length:
+        raise QueueFull
+    new = await admit(request, gateway, endpoint, payload, caller=caller, base=base, webhook_url=webhook_url)
+    await gateway.ledger.submit(new)
+    gateway.wake_dispatcher()
+    row = await gateway.ledger.get(new.id)
+    position = row.queue_position if row and row.queue_position else 0
+    log.info("submitted", request_id=new.id, endpoint=endpoint.id, caller=caller, accepted=new.outcome is None)
+    return Response(
+        to_json(submitted(base, endpoint.id, new.id, position)), media_type=JSON, headers={"x-fal-request-id": new.id}
+    )
+
+
+@router.get("/{owner}/{alias}/requests/{request_id}/status")
+async def status(
+    request: Request, endpoint: EndpointDep, gateway: GatewayDep, base: BaseDep, request_id: RequestId
+) -> Response:
+    """Where a request stands: 202 while it waits or runs, 200 when it is over; with its log if `logs` is true."""
+    row = await known(gateway, endpoint.id, request_id)
+    lines = await gateway.ledger.logs(request_id) if wants_logs(request) else None
+    return Response(
+        to_json(status_body(base, row, lines)),
+        status_code=200 if row.is_completed else 202,
+        media_type=JSON,
+        headers={"x-fal-request-id": row.id},
+    )
+
+
+@router.get("/{owner}/{alias}/requests/{request_id}/status/stream")
+async def status_stream(
+    request: Request, endpoint: EndpointDep, gateway: GatewayDep, base: BaseDep, request_id: RequestId
+) -> Response:
+    """The status as server-sent events, one per change; each carries only new log lines. Ends when the request does."""
+    row = await known(gateway, endpoint.id, request_id)
+    return StreamingResponse(
+        status_events(gateway, base, row, with_logs=wants_logs(request)),
+        media_type="text/event-stream",
+        headers={"x-fal-request-id": row.id, "cache-control": "no-cache", "x-accel-buffering": "no"},
+    )
+
+
+@router.get("/{owner}/{alias}/requests/{request_id}")
+async def result(endpoint: EndpointDep, gateway: GatewayDep, base: BaseDep, request_id: RequestId) -> Response:
+    """What the model answered, its status and headers included; 400 while the request is not over."""
+    row = await known(gateway, endpoint.id, request_id)
+    if not row.is_completed:
+        raise StillInProgress(row.id)
+    return result_response(row, base)
+
+
+@router.put("/{owner}/{alias}/requests/{request_id}/cancel")
+async def cancel(endpoint: EndpointDep, gateway: GatewayDep, request_id: RequestId) -> Response:
+    """Cancel a request: 200 if it waited, 202 if it runs and will stop at its next step, 400 if it is over."""
+    await known(gateway, endpoint.id, request_id)
+    answer = await gateway.ledger.request_cancel(request_id)
+    gateway.wake_dispatcher()
+    log.info("cancel", request_id=request_id, answer=answer)
+    status_code = CANCEL_STATUS[answer]
+    body: dict[str, Any] = {"status": answer, "success": status_code < 300}
+    if status_code >= 400:
+        body["detail"] = "Request is already completed" if answer == "ALREADY_COMPLETED" else "Request not found"
+    return Response(to_json(body), status_code, media_type=JSON, headers={"x-fal-request-id": request_id})
+
+
+@router.api_route("/{owner}/{alias}/{path:path}", methods=["GET", "POST", "PUT", "DELETE"], include_in_schema=False)
+async def no_such_path(endpoint: EndpointDep, path: str) -> Response:
+    """404: these endpoints have no sub-paths."""
+    raise PathNotFound(f"/{path}")
+
+
+async def known(gateway: Gateway, endpoint_id: str, request_id: str) -> RequestRow:
+    """The request of this endpoint with this id.
+
+    Raises:
+        RequestNotFound: There is none, or it was forgotten.
+    """
+    row = await gateway.ledger.get(request_id)
+    if row is None or row.endpoint != endpoint_id:
+        raise RequestNotFound
+    return row
+
+
+def result_response(row: RequestRow, base: Base) -> Response:
+    """The answer of a completed request."""
+    headers = json.loads(row.outcome_headers) if row.outcome_headers else {}
+    headers["x-fal-request-id"] = row.id
+    headers.setdefault("X-Fal-Billable-Units", f"{row.inference_s or 0:.3f}" if row.outcome_status == 200 else "0")
+    return Response(result_bytes(row, base.root), row.outcome_status or 500, media_type=JSON, headers=headers)
+
+
+def wants_logs(request: Request) -> bool:
+    """Whether the caller wants log lines; clients write `1`, `true` or `True`."""
+    if b"logs" not in request.scope["query_string"]:
+        return False
+    return request.query_params.get("logs", "").lower() in ("1", "true", "yes")
+
+
+def checked_webhook(url: str | None) -> str | None:
+    """The URL to call when the request is over.
+
+    Raises:
+        InvalidInput: It is not an http(s) URL.
+    """
+    if url is None:
+        return None
+    try:
+        parts = urlsplit(url)
+        is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and url.isprintable() and len(url) < 4096
+        url.encode()
+    except ValueError:
+        is_url = False
+    if not is_url:
+        item = detail_item("value_error", "Expected an http(s) URL", loc=("query", "fal_webhook"), input=url)
+        raise InvalidInput([item])
+    return url
+
+
+async def status_events(gateway: Gateway, base: Base, row: RequestRow, *, with_logs: bool) -> AsyncIterator[bytes]:
+    """Events for a status stream: the state at once, then every change of it, comments in between, COMPLETED last."""
+    last: tuple[Any, ...] | None = None
+    last_seq, spoken = 0, time.monotonic()
+    current: RequestRow | None = row
+    while current is not None:
+        lines: list[LogRow] | None = await gateway.ledger.logs(row.id, last_seq) if with_logs else None
+        seen = (current.state, current.queue_position)
+        if lines or seen != last:
+            last, last_seq = seen, lines[-1].seq if lines else last_seq
+            spoken = time.monotonic()
+            yield b"data: " + to_json(status_body(base, current, lines)) + b"\n\n"
+        if current.is_completed:
+            return
+        if time.monotonic() - spoken >= KEEP_ALIVE_S:
+            spoken = time.monotonic()
+            yield b": keep-alive\n\n"
+        await gateway.bell.wait(POLL_S)
+        current = await gateway.ledger.get(row.id)
+
+
+async def cancelled_on_disconnect(request: Request, gateway: Gateway, request_id: str) -> RequestRow | None:
+    """Wait until a request is over; if the caller hangs up first, cancel it and return None."""
+    done = asyncio.ensure_future(gateway.completed(request_id))
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if done.done():
+            return done.result()
+        return None
+    finally:
+        if not done.done():
+            await gateway.ledger.request_cancel(request_id)
+            gateway.wake_dispatcher()
+        done.cancel()
+        gone.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
