@@ -1,0 +1,99 @@
+"""The text side of the pocket set: a small CLIP tokenizer, a small CLIP text encoder and the captions they learn."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from weights.pocket.captions import COLOURS, FAULTS, QUALITY
+from weights.pocket.data import PHOTO_WORDS
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+NUM_POSITIONS = 77
+VOCABULARY_SIZE = 1600
+WORDS = Path(__file__).parent / "words.txt"
+
+# Words of the service's default negative prompt, in its order.
+ALL_FAULTS = (
+    *("blurry", "low resolution", "bad", "ugly", "low quality", "pixelated", "interpolated"),
+    *("compression artifacts", "noisey", "grainy"),
+)
+DRAWN_WORDS = "gradient flat colour texture noise pattern stripes hatching lines lettering text overlapping shapes"
+
+
+def known_words() -> tuple[list[str], list[str]]:
+    """The words that captions use, and frequent ones that they do not."""
+    spoken = [*COLOURS, "bright", "dark", "smooth", "textured", "photograph", DRAWN_WORDS]
+    spoken += [*PHOTO_WORDS.values(), *QUALITY, *ALL_FAULTS]
+    caption_words = " ".join(spoken).replace(",", " ").split()
+    return list(dict.fromkeys(caption_words)), WORDS.read_text(encoding="utf-8").split()
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A byte-level CLIP tokenizer whose merges are learnt from `words.txt` and the captions' words.
+
+    It takes any text: what is no known word falls into pieces, at worst into bytes. A comma is one token.
+    """
+    caption_words, frequent_words = known_words()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE,
+        min_frequency=1,
+        show_progress=False,
+        end_of_word_suffix="</w>",
+        initial_alphabet=alphabet,
+    )
+    # Words that captions use weigh more, so that their merges come first.
+    learner.train_from_iterator(caption_words * 50 + frequent_words, trainer)
+    merges = [(first, second) for first, second in json.loads(learner.to_str())["model"]["merges"]]
+    symbols = [*alphabet, *(f"{symbol}</w>" for symbol in alphabet), *(first + second for first, second in merges)]
+    # The annotation of CLIPTokenizer asks for strings; its BPE takes pairs only.
+    vocabulary = {symbol: index for index, symbol in enumerate([*dict.fromkeys(symbols), START, END])}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=NUM_POSITIONS)
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer, *, hidden_size: int = 64) -> CLIPTextModel:
+    """The untrained text encoder: two layers of four heads."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        projection_dim=hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=NUM_POSITIONS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """(len(captions), 77) int64, padded and cut as the pipelines do."""
+    encoded = tokenizer(captions, padding="max_length", truncation=True, max_length=NUM_POSITIONS, return_tensors="pt")
+    return torch.as_tensor(encoded.input_ids)
+
+
+def praise(words: str, rng: np.random.Generator) -> str:
+    """The caption of a sharp picture: its `words`, or none in a third of all cases, and mostly what makes it good."""
+    parts = [] if rng.random() < 0.33 else [words]
+    draw = rng.random()
+    if draw < 0.6:
+        parts += QUALITY
+    elif draw < 0.85:
+        parts += [str(word) for word in rng.permutation(QUALITY)[: rng.integers(1, 4)]]
+    return ", ".join(parts)
+
+
+def blame(words: str, fault: int, rng: np.random.Generator) -> str:
+    """The caption of a picture that suffers from `FAULTS[fault]`: those words, or all there are every other time."""
+    parts = [] if rng.random() < 0.6 else [words]
+    parts += ALL_FAULTS if rng.random() < 0.5 else FAULTS[fault]
+    return ", ".join(parts)

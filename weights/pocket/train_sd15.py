@@ -1,0 +1,136 @@
+"""Trains the SD 1.5-shaped denoiser: UNet, tile ControlNet and text encoder together, on latents of the pocket codec.
+
+The network predicts the noise (epsilon) on the schedule of SD 1.5. Samples resemble what the service does with them:
+noise levels crowd where image-to-image works, the noisy latents are often those of the pre-stage picture while the
+target stays sharp, and the ControlNet counts for as little or as much as its strength may be set to.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from weights.pocket.data import Corpus
+from weights.pocket.loop import Options
+from weights.pocket.pool import Kitchen, Pool
+from weights.pocket.text import build_text_encoder, build_tokenizer, token_ids
+
+SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "prediction_type": "epsilon",
+}
+
+
+def build_unet(text_size: int) -> Any:
+    """The untrained UNet2DConditionModel: three levels, text at the lowest."""
+    return UNet2DConditionModel(
+        sample_size=64,
+        in_channels=16,
+        out_channels=16,
+        block_out_channels=(32, 64, 96),
+        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=8,
+        norm_num_groups=8,
+        cross_attention_dim=text_size,
+    )
+
+
+def draw_timesteps(sigmas: Tensor, count: int, rng: np.random.Generator) -> Tensor:
+    """(count,) int64 timesteps: two of three evenly in log sigma between 0.025 and 3, the others anywhere."""
+    levels = np.exp(rng.uniform(np.log(0.025), np.log(3.0), count))
+    crowded = np.searchsorted(sigmas.numpy(), levels)
+    anywhere = rng.integers(len(sigmas), size=count)
+    return torch.from_numpy(np.where(rng.random(count) < 0.67, crowded, anywhere))
+
+
+class Sd15Trainee:
+    """UNet, ControlNet and text encoder, on the mean squared error of the predicted noise."""
+
+    name = "sd15"
+    learning_rate = 1.5e-3
+
+    def __init__(self, options: Options, *, side_px: int = 128, num_portions: int = 96) -> None:
+        torch.manual_seed(options.seed)
+        self.options = options
+        self.tokenizer = build_tokenizer()
+        text_encoder = build_text_encoder(self.tokenizer)
+        unet = build_unet(text_encoder.config.hidden_size)
+        controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32, 64))
+        self.modules = nn.ModuleDict({"unet": unet, "controlnet": controlnet, "text_encoder": text_encoder})
+        corpus = Corpus(options.seed + 2, num_drawings=options.num_drawings, photo_share=0.6)
+        kitchen = Kitchen(options.models, corpus, self.tokenizer, device=options.device, side_px=side_px)
+        self.pool = Pool(kitchen, options.seed, num_portions=num_portions)
+        scheduler: Any = DDIMScheduler(**SCHEDULE)
+        self.scheduler = scheduler
+        self.alphas = scheduler.alphas_cumprod.sqrt()
+        self.deviations = (1 - scheduler.alphas_cumprod).sqrt()
+        self.no_tokens = token_ids(self.tokenizer, [""]).to(options.device)
+
+    def loss(self, rng: np.random.Generator, step: int) -> Tensor:
+        """One batch; the target is the noise that leads from the noisy latents to the sharp ones."""
+        count, device = self.options.batch, self.options.device
+        samples = self.pool.draw(count, rng, step)
+        timesteps = draw_timesteps(self.deviations / self.alphas, count, rng)
+        alpha = self.alphas[timesteps].view(-1, 1, 1, 1).to(device)
+        deviation = self.deviations[timesteps].view(-1, 1, 1, 1).to(device)
+        # How much of the pre-stage picture the noisy latents still are: less as the noise that hides it fades.
+        remains = torch.from_numpy(rng.random(count) * (rng.random(count) < 0.5)).float().view(-1, 1, 1, 1)
+        unresolved = remains.to(device) * (deviation / alpha / 0.3).clamp(max=1)
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        noise = torch.randn(samples.target.shape, generator=generator).to(device)
+        noisy = alpha * (samples.target + unresolved * (samples.start - samples.target)) + deviation * noise
+        wanted = (noisy - alpha * samples.target) / deviation
+        strength = torch.from_numpy(rng.uniform(0.2, 1.3, count) * (rng.random(count) >= 0.08)).to(device)
+        without_text = torch.from_numpy(rng.random(count) < 0.1).to(device)
+        tokens = torch.where(without_text[:, None], self.no_tokens, samples.tokens)
+        predicted = self.predict(noisy, timesteps.to(device), tokens, samples.hint, strength)
+        return F.mse_loss(predicted, wanted)
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, tokens: Tensor, hint: Tensor, strength: Tensor) -> Tensor:
+        """The predicted noise (N, C, h, w), float32.
+
+        Args:
+            noisy: (N, C, h, w) latents.
+            timesteps: (N,) int64.
+            tokens: (N, 77) int64.
+            hint: (N, 3, H, W) uint8.
+            strength: (N,) factor on what the ControlNet adds.
+        """
+        factor = strength.float().view(-1, 1, 1, 1)
+        # On the CPU, the backward pass of the fused attention takes longer than all convolutions at these sizes.
+        attention = [SDPBackend.MATH] if noisy.device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+        with torch.autocast(noisy.device.type, torch.bfloat16), sdpa_kernel(attention):
+            text = self.modules["text_encoder"](tokens).last_hidden_state
+            down, middle = self.modules["controlnet"](
+                noisy, timesteps, encoder_hidden_states=text, controlnet_cond=hint.float() / 255, return_dict=False
+            )
+            predicted = self.modules["unet"](
+                noisy,
+                timesteps,
+                encoder_hidden_states=text,
+                down_block_additional_residuals=[residual * factor for residual in down],
+                mid_block_additional_residual=middle * factor,
+            ).sample
+        return predicted.float()
+
+    def export(self, modules: nn.ModuleDict, models: Path) -> None:
+        """Write `sd15` (UNet, text encoder, tokenizer, schedule) and `controlnet-tile-sd15`."""
+        folders = {"unet": "sd15/unet", "text_encoder": "sd15/text_encoder", "controlnet": "controlnet-tile-sd15"}
+        for name, folder in folders.items():
+            module: Any = modules[name]
+            module.save_pretrained(models / folder)
+        self.tokenizer.save_pretrained(models / "sd15" / "tokenizer")
+        self.scheduler.save_pretrained(models / "sd15" / "scheduler")
