@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import struct
 import warnings
 import zlib
@@ -64,7 +65,9 @@ _SIGNATURES = (
     (b"\xff\x4f\xff\x51", "JPEG 2000"),
     (b"\0\0\0\x0cjP  ", "JPEG 2000"),
 )
-_SVG_SEARCH_BYTES = 1024
+# A HEIF container names its contents; AVIF first, as its files list the general brands too.
+_BRANDS = ((b"avif", "AVIF"), (b"avis", "AVIF"), (b"hei", "HEIC"), (b"hev", "HEIC"), (b"mif1", "HEIF"))
+_SVG = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<[?!][^>]*>\s*)*<svg\b", re.IGNORECASE)
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -198,11 +201,10 @@ def _kind(data: bytes) -> str:
         return "WEBP"
     if data[4:8] == b"ftyp":
         brands = data[8 : min(struct.unpack(">I", data[:4])[0], 256)]
-        return "AVIF" if b"avif" in brands or b"avis" in brands else "HEIC"
-    if (
-        b"<svg" in data[:_SVG_SEARCH_BYTES].lower()
-        and data[:_SVG_SEARCH_BYTES].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<"
-    ):
+        found = next((kind for brand, kind in _BRANDS if brand in brands), None)
+        if found is not None:
+            return found
+    if _SVG.match(data[:1024]):
         return "SVG"
     raise ImageLoadError("The bytes are not an image." if data else "There are no bytes: the image is empty.")
 

@@ -220,7 +220,8 @@ def test_truncated_files(kind: str, part: float) -> None:
 
 @pytest.mark.parametrize(
     "data", [b"", b"\0", b"<!doctype html><html><body>404</body></html>", b"{}", b"\x89PNG\r\n\x1a\n", b"GIF89a",
-             b"BM", b"II*\0", b"\xff\xd8\xff\xe0", b"RIFF\0\0\0\0WEBP", b"\0\0\0\x1cftypavif", b"just text " * 500]
+             b"BM", b"II*\0", b"\xff\xd8\xff\xe0", b"RIFF\0\0\0\0WEBP", b"\0\0\0\x1cftypavif", b"just text " * 500,
+             b"\0\0\0\x18ftypisom\0\0\0\0isommp42", b"<!doctype html><html><svg></svg></html>"]
 )  # fmt: skip
 def test_not_an_image(data: bytes) -> None:
     """Web pages, text and bare signatures are not images."""

@@ -105,7 +105,14 @@ def test_any_text_parses(prompt: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "prompt", ["(" * 3000 + "a", "a" + " " * 50000 + "b", ":" + "1" * 50000, "(a:9e9" * 900, "[(" * 900]
+    "prompt",
+    [
+        pytest.param("(" * 3000 + "a", id="brackets"),
+        pytest.param("a" + " " * 50000 + "b", id="blanks"),
+        pytest.param(":" + "1" * 50000, id="digits"),
+        pytest.param("(a:9e9" * 900, id="weights"),
+        pytest.param("[(" * 900, id="mixed"),
+    ],
 )
 def test_hostile_prompts_take_no_time(prompt: str) -> None:
     """Piles of brackets, blanks and digits are read in linear time."""

@@ -27,6 +27,7 @@ from pipelines.schedules import (
 TRAINED = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 # What the published SD 1.5 repositories hold: another scheduler's config, with keys that ours do not know.
 CONFIG = {**TRAINED, "_class_name": "PNDMScheduler", "skip_prk_steps": True, "clip_sample": False, "steps_offset": 1}
+BOUNDS = sigma_bounds(CONFIG)
 KINDS: list[Kind] = ["euler", "dpmpp_2m", "dpmpp_3m_sde"]
 
 
@@ -37,7 +38,7 @@ def predict(sample: torch.Tensor) -> torch.Tensor:
 
 def test_bounds_of_the_published_noise_schedule() -> None:
     """SD's schedule spans noise levels 0.029 to 14.61."""
-    assert sigma_bounds(CONFIG) == pytest.approx((0.0292, 14.6146), abs=1e-3)
+    assert BOUNDS == pytest.approx((0.0292, 14.6146), abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -45,19 +46,19 @@ def test_bounds_of_the_published_noise_schedule() -> None:
 )
 def test_start_levels_of_known_strengths(strength: float, sigma: float) -> None:
     """Strengths start from the levels that the curve was published with."""
-    assert start_sigma(strength, *sigma_bounds(CONFIG)) == pytest.approx(sigma, rel=0.01)
+    assert start_sigma(strength, *BOUNDS) == pytest.approx(sigma, rel=0.01)
 
 
 def test_start_level_rises_strictly() -> None:
     """More strength is always more noise, at a resolution of a thousandth."""
-    levels = [start_sigma(index / 1000, *sigma_bounds(CONFIG)) for index in range(1001)]
+    levels = [start_sigma(index / 1000, *BOUNDS) for index in range(1001)]
 
     assert all(low < high for low, high in itertools.pairwise(levels))
 
 
 def test_every_ramp_is_legal() -> None:
     """For 1 to 200 steps and any strength: start level, strictly down, lowest level, zero; empty for strength 0."""
-    low, high = sigma_bounds(CONFIG)
+    low, high = BOUNDS
     strengths = [0.0, 1e-6, 0.001, 0.0026, *(index / 20 for index in range(1, 21))]
 
     for steps, strength in itertools.product([*range(1, 51), 75, 100, 200], strengths):
@@ -77,13 +78,13 @@ def test_every_ramp_is_legal() -> None:
 )
 def test_number_of_evaluations(strength: float, steps: int, evaluations: int) -> None:
     """A strength runs its share of the steps and one more, at least one and at most all."""
-    assert len(sigma_ramp(strength, steps, *sigma_bounds(CONFIG))) - 1 == evaluations
+    assert len(sigma_ramp(strength, steps, *BOUNDS)) - 1 == evaluations
 
 
 @given(strength=st.floats(0.001, 1), steps=st.integers(1, 60), kind=st.sampled_from(KINDS))
 def test_schedulers_step_exactly_n_times_and_end_finite(strength: float, steps: int, kind: Kind) -> None:
     """Any ramp is stepped to its end: n steps, noise level 0, a finite sample, and no step more."""
-    sigmas = sigma_ramp(strength, steps, *sigma_bounds(CONFIG))
+    sigmas = sigma_ramp(strength, steps, *BOUNDS)
     scheduler = make_scheduler(CONFIG, sigmas, kind)
     noise: dict[str, Any] = {"variance_noise": torch.ones(1, 1, 2, 2)} if kind == "dpmpp_3m_sde" else {}
     sample = torch.randn(1, 1, 2, 2, generator=torch.Generator().manual_seed(1))
@@ -102,7 +103,7 @@ def test_schedulers_step_exactly_n_times_and_end_finite(strength: float, steps: 
 def test_euler_equals_stock(num_steps: int) -> None:
     """The Euler scheduler gives the stock scheduler's samples, bit for bit, and its timesteps."""
     stock = EulerDiscreteScheduler(**TRAINED)
-    sigmas = sigma_ramp(1.0, num_steps, *sigma_bounds(CONFIG))
+    sigmas = sigma_ramp(1.0, num_steps, *BOUNDS)
     stock.set_timesteps(sigmas=sigmas.tolist())
     ours = make_scheduler(CONFIG, sigmas, "euler")
     left = right = torch.randn(1, 4, 8, 8) * sigmas[0]
@@ -144,7 +145,7 @@ def test_dpm_ramp_equals_stock_karras() -> None:
     stock = DPMSolverMultistepScheduler(**TRAINED, use_karras_sigmas=True)
     stock.set_timesteps(12)
 
-    assert torch.allclose(sigma_ramp(1.0, 12, *sigma_bounds(CONFIG)), stock.sigmas, rtol=1e-4)
+    assert torch.allclose(sigma_ramp(1.0, 12, *BOUNDS), stock.sigmas, rtol=1e-4)
 
 
 def test_prediction_type_is_kept() -> None:
@@ -160,7 +161,7 @@ def test_prediction_type_is_kept() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_perfect_model_lands_on_the_picture(kind: Kind) -> None:
     """With the true noise as prediction every solver ends at the clean latents, in its own representation."""
-    sigmas = sigma_ramp(0.5, 20, *sigma_bounds(CONFIG))
+    sigmas = sigma_ramp(0.5, 20, *BOUNDS)
     scheduler = make_scheduler(CONFIG, sigmas, kind)
     clean, noise = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
     sample = (clean + sigmas[0] * noise) * sample_scale(kind, float(sigmas[0]))
