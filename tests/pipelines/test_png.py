@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
+from pipelines.images import decode, restore_profile
 from pipelines.png import PngWriter
+from tests.pipelines.icc import display_p3
 
 
 def encode(pixels: np.ndarray, cuts: list[int], **options: object) -> bytes:
@@ -91,6 +93,22 @@ def test_text_and_profile_come_back() -> None:
     assert picture.text == text
     kinds = [kind for kind, _ in chunks(data)]
     assert kinds == [b"IHDR", b"iCCP", b"iTXt", b"iTXt", b"iTXt", b"IDAT", b"IEND"]
+
+
+def test_a_picture_survives_the_way_through_with_everything_it_carries() -> None:
+    """Decoded, converted back and written, a transparent Display P3 picture is what it was, profile included."""
+    original = Image.merge("RGBA", [Image.linear_gradient("L").point(lambda v, k=k: 80 + v // k) for k in (2, 3, 4, 1)])
+    stream = io.BytesIO()
+    original.save(stream, "PNG", icc_profile=display_p3())
+    picture = decode(stream.getvalue(), max_pixels=10**6)
+    assert picture.alpha is not None
+
+    bands = np.dstack([restore_profile(picture.rgb, picture.icc_profile), picture.alpha])
+    written = Image.open(io.BytesIO(encode(bands, [100, 101], icc_profile=picture.icc_profile)))
+
+    assert written.info["icc_profile"] == display_p3()
+    assert np.array_equal(np.asarray(written)[..., 3], np.asarray(original)[..., 3])
+    assert np.abs(np.asarray(written).astype(int) - np.asarray(original)).max() <= 2
 
 
 def test_a_flat_picture_is_small() -> None:

@@ -38,7 +38,7 @@ def predict(sample: torch.Tensor) -> torch.Tensor:
 
 def test_bounds_of_the_published_noise_schedule() -> None:
     """SD's schedule spans noise levels 0.029 to 14.61."""
-    assert BOUNDS == pytest.approx((0.0292, 14.6146), abs=1e-3)
+    assert sigma_bounds(CONFIG) == pytest.approx((0.0292, 14.6146), abs=1e-3)
 
 
 @pytest.mark.parametrize(
