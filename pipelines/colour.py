@@ -1,12 +1,11 @@
 """Give a result back the colours of its reference: diffusion and VAE shift tones, mostly towards mid-grey.
 
 `wavelet_match` replaces the coarse part of the result by that of the reference, as SUPIR and StableSR do
-(arXiv:2305.07015); `adain_match` moves mean and spread of each channel (arXiv:1703.06868).
+(arXiv:2305.07015).
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -41,28 +40,6 @@ def wavelet_match(result: Tensor, reference: Tensor, *, levels: int, amount: flo
     for level in range(levels):
         low = _smoothed(_smoothed(low, 2**level, dim=-1), 2**level, dim=-2)
     return (result + amount * low).clamp_(0, 1)
-
-
-def adain_match(result: Tensor, reference: Tensor, *, amount: float = 1.0) -> Tensor:
-    """Give each channel of `result` the mean and the standard deviation that it has in `reference`.
-
-    Both are of the whole picture: bands cannot be matched one by one.
-
-    Args:
-        result: (1, 3, H, W) floating point, 0..1.
-        reference: (1, 3, h, w), the same dtype and device; the size may differ.
-        amount: 0 returns the result, 1 matches fully.
-
-    Returns:
-        (1, 3, H, W), clamped to 0..1, same dtype and device; `result` itself for amount 0.
-    """
-    if amount == 0:
-        return result
-    std, mean = torch.std_mean(result, dim=(-2, -1), keepdim=True, correction=0)
-    wanted_std, wanted_mean = torch.std_mean(reference, dim=(-2, -1), keepdim=True, correction=0)
-    gain = torch.where(std > 1e-4, wanted_std / std.clamp_min(1e-4), 1.0)  # flat channels have no contrast to stretch
-    matched = (result - mean) * gain + wanted_mean
-    return torch.lerp(result, matched, amount).clamp_(0, 1)
 
 
 def _smoothed(image: Tensor, distance: int, *, dim: int) -> Tensor:
