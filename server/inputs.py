@@ -22,8 +22,8 @@ from typing import Any, TypeAlias
 import httpcore2
 import httpx2
 
-from server.settings import Settings
-from server.storage import Storage, is_public
+from server.schemas import BLOB
+from server.storage import Storage
 
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolver: TypeAlias = Callable[[str, int], list[str]]
@@ -326,38 +326,17 @@ class Fetcher:
         return bytes(body)
 
 
-def own_key(url: str, settings: Settings) -> str | None:
-    """The key of a file that this server serves under that URL; None for the files of others."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        where = (parts.hostname or "", parts.port or {"http": 80, "https": 443}.get(parts.scheme, 0))
-    except ValueError:
-        return None
-    names, ports = ("localhost", "127.0.0.1", settings.host), (settings.port, settings.tls_port)
-    ours = {(name, port) for name in names for port in ports}
-    if settings.public_url:
-        public = urllib.parse.urlsplit(settings.public_url)
-        ours.add((public.hostname or "", public.port or {"http": 80, "https": 443}[public.scheme]))
-    key = urllib.parse.unquote(parts.path.partition("/files/")[2])
-    return key if where in ours and is_public(key) else None
-
-
-def read_input(
-    reference: str, settings: Settings, storage: Storage, fetcher: Fetcher, poll: Callable[[], None] = lambda: None
-) -> bytes:
-    """The bytes of an input, on the calling thread: `blob:<key>`, a data URI, a file of ours, or a URL.
+def read_input(reference: str, storage: Storage, fetcher: Fetcher, poll: Callable[[], None] = lambda: None) -> bytes:
+    """The bytes of a job's input, on the calling thread: `blob:<key>` from storage, everything else by URL.
 
     Raises:
         InputError: It cannot be had; see the subclasses.
         Exception: What `poll` raises.
     """
-    if reference.startswith("data:"):
-        return decode_data_uri(reference, fetcher.max_bytes)
-    key = reference.removeprefix("blob:") if reference.startswith("blob:") else own_key(reference, settings)
-    if key is None:
+    if not reference.startswith(BLOB):
         return fetcher.fetch(reference, poll)
     try:
-        return storage.read(key)
+        return storage.read(reference.removeprefix(BLOB))
     except FileNotFoundError as error:
         raise DownloadFailed("the file is not kept here any more") from error
 

@@ -138,10 +138,8 @@ class SlotHost:
             return model_error("internal_server_error", "Internal server error")
 
     def _run(self, work: Work, diary: Diary) -> Outcome:
-        for warning in work.job["warnings"]:
-            diary.write("WARN", warning)
         diary.write("INFO", f"{self.weights} weights on {self.detail}")
-        image = read_input(work.job["image"], self._settings, self._storage, self._fetcher, diary.poll)
+        image = read_input(work.job["image"], self._storage, self._fetcher, diary.poll)
         with draft_at(self._scratch / f"{work.token}.png") as draft:
             with draft.open("w+b") as file:
                 rendered = self.render(work.job, image, file, diary.report)

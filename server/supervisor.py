@@ -222,8 +222,10 @@ class Supervisor:
             "host": settings.host,
             "port": settings.port,
             "tls_port": settings.tls_port,
+            "fal_proxy_port": settings.fal_proxy_port,
             "public_url": settings.public_url,
             "tls_dir": str(settings.tls_dir),
+            "own_ca": settings.tls_cert is None,
             "key": next(iter(settings.api_keys), None),
             "roles": {name: child.pid for name, child in self._children.items()},
         }

@@ -60,6 +60,12 @@ def decode(data: bytes) -> Image.Image:
     """The picture, or the pipelines' own errors."""
     try:
         picture = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:
+        message = "The picture is a decompression bomb."
+        raise ImageTooLarge(message, width=0, height=0, max_width=MAX_SIDE_PX, max_height=MAX_SIDE_PX) from error
+    except (OSError, SyntaxError) as error:
+        raise ImageLoadError("Failed to load the image.") from error
+    try:
         if max(picture.size) > MAX_SIDE_PX:
             width, height = picture.size
             message = f"The picture has {width} x {height} px."
