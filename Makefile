@@ -31,7 +31,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/python -m server.demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m 'not slow and not gpu and not weights' $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu and not weights' $(ARGS)
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(ARGS)

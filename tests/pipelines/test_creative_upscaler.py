@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from io import BytesIO
 from typing import Any
@@ -16,8 +18,9 @@ from PIL import Image, ImageCms
 from benchmarks import metrics
 from benchmarks.quality import DEFAULTS, UNLIMITED, borders
 from pipelines.creative_upscaler import CreativeUpscaler, Limits, Params, Result, compensation_weight, plan_size
-from pipelines.errors import Cancelled, ImageTooLarge
+from pipelines.errors import Cancelled, ImageTooLarge, NonFiniteResult
 from pipelines.progress import Report
+from pipelines.vae import TiledVAE
 from tests.conftest import HELD_OUT, PHOTOS, png_bytes
 from weights.store import WeightStore
 
@@ -178,6 +181,46 @@ def test_stages_report_their_steps_and_seconds(pipeline: CreativeUpscaler, photo
     assert {"decode", "preupscale", "prompt", "vae_encode", "denoise", "vae_decode"} <= ended
     assert ended | {"inference"} == set(result.timings)
     assert [report.step for report in reports if report.stage == "denoise" and report.seconds is None] == [0, 1, 2, 3]
+
+
+def in_bfloat16(pipeline: CreativeUpscaler) -> CreativeUpscaler:
+    """The same pipeline over a copy of the VAE that computes in 16 bits."""
+    half = copy.copy(pipeline)
+    half.vae = TiledVAE(copy.deepcopy(pipeline.vae.vae).to(torch.bfloat16))
+    return half
+
+
+def test_overflow_in_16_bits_is_decoded_again_in_32(
+    pipeline: CreativeUpscaler, photo_crop: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decode with infinities is repeated in 32 bits, the user is told, and the picture is whole."""
+    decode_bands = TiledVAE.decode_bands
+
+    def overflow(self: TiledVAE, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+        for i, band in enumerate(decode_bands(self, latents)):
+            yield band * float("inf") if self.dtype != torch.float32 and i == 0 else band
+
+    monkeypatch.setattr(TiledVAE, "decode_bands", overflow)
+    output, reports = BytesIO(), []
+    in_bfloat16(pipeline)(
+        png_bytes(photo_crop), QUICK, limits=UNLIMITED, output=output, progress=lambda report: reports.append(report)
+    )
+
+    assert metrics.as_array(Image.open(output)).std() > 5
+    assert any("32 bits" in (report.message or "") for report in reports)
+
+
+def test_a_decode_that_stays_broken_is_an_error(
+    pipeline: CreativeUpscaler, photo_crop: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never a black picture: what is not finite in 32 bits either is refused."""
+    decode_bands = TiledVAE.decode_bands
+    monkeypatch.setattr(
+        TiledVAE, "decode_bands", lambda self, latents: (band * float("nan") for band in decode_bands(self, latents))
+    )
+
+    with pytest.raises(NonFiniteResult):
+        run(in_bfloat16(pipeline), photo_crop)
 
 
 def test_too_large_a_result_is_refused_with_the_largest_side() -> None:
