@@ -119,6 +119,9 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
     port: Annotated[int | None, typer.Option(help="Port for plain HTTP, 0: none.", show_default="8000")] = None,
     tls_port: Annotated[int | None, typer.Option(help="Port for HTTPS, 0: none.", show_default="8443")] = None,
+    fal_proxy: Annotated[
+        int | None, typer.Option(help="Port of a CONNECT proxy for clients that keep fal's host names.", metavar="PORT")
+    ] = None,
     data: Data = None,
     weights: Annotated[Weights | None, typer.Option(help="Which set of weights serves.", show_default="auto")] = None,
     slots: Annotated[
@@ -133,6 +136,7 @@ def serve(
         host=host,
         port=port,
         tls_port=tls_port,
+        fal_proxy_port=fal_proxy,
         data=data,
         weights=weights,
         slots=slots,
@@ -230,7 +234,12 @@ def run_role(work: Coroutine[Any, Any, None]) -> None:
 # -- env -------------------------------------------------------------------------------------------------------------
 
 
-def env(data: Data = None) -> None:
+def env(
+    fal_proxy: Annotated[
+        bool, typer.Option("--fal-proxy", help="For a client that keeps fal's host names, uploads included.")
+    ] = False,
+    data: Data = None,
+) -> None:
     """Print the environment that points an unmodified fal client at the running server.
 
     For a shell: eval "$(creative-upscaler env)".
@@ -239,7 +248,8 @@ def env(data: Data = None) -> None:
     server = read_server(settings)
     if server is None:
         raise CommandFailed(f"No server runs on {settings.data}. Start one with `creative-upscaler serve`.")
-    for name, value in client_environment(server).items():
+    found = proxy_environment(server) if fal_proxy else client_environment(server)
+    for name, value in found.items():
         typer.echo(f"export {name}={shlex.quote(value)}")
 
 
@@ -249,14 +259,10 @@ def client_environment(server: dict[str, Any]) -> dict[str, str]:
     The Python client forces https, hence a server without any is an error.
     """
     public = urlsplit(server["public_url"] or "")
-    # Our certificate names localhost, and whoever listens everywhere listens there too.
-    is_here = is_loopback(server["host"]) or server["host"] in ("0.0.0.0", "::")
-    name = "localhost" if is_here else server["host"]
-    bracketed = f"[{name}]" if ":" in name else name
     if public.scheme == "https":
         base = public.netloc + public.path
     elif server["tls_port"]:
-        base = f"{bracketed}:{server['tls_port']}"
+        base = f"{local_name(server)}:{server['tls_port']}"
     else:
         raise CommandFailed(
             "fal's Python client speaks https only, and this server has neither a TLS port nor a public https URL. "
@@ -269,10 +275,40 @@ def client_environment(server: dict[str, Any]) -> dict[str, str]:
         "FAL_KEY": server["key"] or DUMMY_KEY,
         "CREATIVE_UPSCALER_URL": f"https://{base}",
     }
-    if public.scheme != "https" and server["own_ca"]:
-        found["SSL_CERT_FILE"] = str(Path(server["tls_dir"]) / "ca-bundle.pem")
-        found["NODE_EXTRA_CA_CERTS"] = str(Path(server["tls_dir"]) / "ca.pem")
-    return found
+    return found if public.scheme == "https" else found | authority_environment(server)
+
+
+def proxy_environment(server: dict[str, Any]) -> dict[str, str]:
+    """What leads a client that keeps fal's host names to a server that describes itself so."""
+    if not server["fal_proxy_port"]:
+        raise CommandFailed(
+            "The server has no CONNECT proxy. Start it with `creative-upscaler serve --fal-proxy PORT`."
+        )
+    # The proxy refuses all but fal's names; the URLs in answers may name the public address, which needs no proxy.
+    direct = ["localhost", "127.0.0.1", urlsplit(server["public_url"] or "").hostname]
+    return {
+        "HTTPS_PROXY": f"http://{local_name(server)}:{server['fal_proxy_port']}",
+        "NO_PROXY": ",".join(filter(None, direct)),
+        "NODE_USE_ENV_PROXY": "1",
+        "FAL_KEY": server["key"] or DUMMY_KEY,
+        **authority_environment(server),
+    }
+
+
+def local_name(server: dict[str, Any]) -> str:
+    """The name by which a client reaches the listening address."""
+    # Our certificate names localhost, and whoever listens everywhere listens there too.
+    is_here = is_loopback(server["host"]) or server["host"] in ("0.0.0.0", "::")
+    name: str = "localhost" if is_here else server["host"]
+    return f"[{name}]" if ":" in name else name
+
+
+def authority_environment(server: dict[str, Any]) -> dict[str, str]:
+    """What makes clients trust our own authority; nothing where the operator's certificate serves."""
+    if not server["own_ca"]:
+        return {}
+    folder = Path(server["tls_dir"])
+    return {"SSL_CERT_FILE": str(folder / "ca-bundle.pem"), "NODE_EXTRA_CA_CERTS": str(folder / "ca.pem")}
 
 
 def doctor(data: Data = None) -> None:

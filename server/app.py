@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 from server.auth import Keyring
 from server.envelope import Envelope
 from server.errors import GatewayError, InvalidInput, MethodNotAllowed, PathNotFound, answer_to, detail_item, to_json
+from server.fal_proxy import fal_proxy
 from server.gateway import Gateway
 from server.hosts import HostRouting
 from server.ledger import Ledger
@@ -136,7 +137,7 @@ class Listener(uvicorn.Server):
 async def serve_gateway(settings: Settings) -> None:
     """Serve the app on the HTTP and the HTTPS port until cancelled; open requests then have `drain_s` to end."""
     app = create_app(settings)
-    async with app.router.lifespan_context(app):
+    async with app.router.lifespan_context(app), fal_proxy(settings):
         listeners = make_listeners(app, settings)
         serving = [asyncio.create_task(listener.serve()) for listener in listeners]
         renewing = asyncio.create_task(renew_certificates(settings, listeners))

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -60,6 +60,9 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port for plain HTTP; 0 turns it off.")
     tls_port: int = Field(8443, ge=0, le=65535, description="Port for HTTPS; 0 turns it off.")
+    fal_proxy_port: int = Field(
+        0, ge=0, le=65535, description="Port of a CONNECT proxy for clients that keep fal's host names; 0 turns it off."
+    )
     tls_cert: Folder | None = Field(None, description="Certificate chain (PEM) to serve instead of our own.")
     tls_key: Folder | None = Field(None, description="Private key (PEM) of `tls_cert`.")
     public_url: BaseURL | None = Field(None, description="Base of the URLs in answers; else taken from the request.")
@@ -115,6 +118,12 @@ class Settings(BaseSettings):
         data = Path(overrides.get("data") or os.environ.get("UPSCALER_DATA") or DEFAULT_DATA).expanduser()
         config = Path(os.environ.get("UPSCALER_CONFIG") or data / "upscaler.toml").expanduser()
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, config)
+
+    @model_validator(mode="after")
+    def _check_ports(self) -> Settings:
+        if self.fal_proxy_port and not self.tls_port:
+            raise ValueError("fal_proxy_port leads to tls_port, which is off: set tls_port as well")
+        return self
 
     @property
     def run_dir(self) -> Path:
