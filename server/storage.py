@@ -77,7 +77,9 @@ def suffix_of(content_type: str) -> str:
     """The file name's ending for a media type; empty when none is known."""
     kind = content_type.split(";")[0].strip().lower()
     known = {value: key for key, value in reversed(CONTENT_TYPES.items())}
-    return known.get(kind) or ("" if kind == "application/octet-stream" else mimetypes.guess_extension(kind) or "")
+    if kind == "application/octet-stream":
+        return ""
+    return known.get(kind) or mimetypes.guess_extension(kind) or ""
 
 
 def safe_name(name: str) -> str:

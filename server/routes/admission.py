@@ -11,15 +11,13 @@ from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from fastapi import Request
-
 from server.endpoints import Endpoint
 from server.errors import DOWNLOAD_FAILED, InvalidInput, detail_item, model_errors
 from server.gateway import Gateway
 from server.hosts import MEDIA_HOSTS
 from server.inputs import FileTooLarge, MalformedDataURI, decode_data_uri
 from server.ledger import NewLog, NewRequest
-from server.routes.dependencies import MEBIBYTE
+from server.routes.dependencies import MEBIBYTE, Call
 from server.schemas import BLOB, Base
 from server.storage import is_public
 
@@ -28,41 +26,32 @@ MAX_NAMED_FIELDS = 20
 LIFECYCLE = "x-fal-object-lifecycle-preference"
 
 
-async def admit(
-    request: Request,
-    gateway: Gateway,
-    endpoint: Endpoint[Any],
-    payload: Any,
-    *,
-    caller: str,
-    base: Base,
-    webhook_url: str | None = None,
-) -> NewRequest:
+async def admit(call: Call, payload: Any, *, webhook_url: str | None = None) -> NewRequest:
     """The request that the ledger is to accept; an invalid input makes one that is over already, with its 422."""
-    headers = request.headers
+    headers = call.request.headers
     new = NewRequest(
         id=str(uuid.uuid4()),
-        endpoint=endpoint.id,
+        endpoint=call.endpoint.id,
         job=None,
         priority="low" if headers.get("x-fal-queue-priority", "").strip().lower() == "low" else "normal",
         start_deadline=start_deadline(headers),
-        caller=caller,
         webhook_url=webhook_url,
+        caller=call.caller,
         store_io=headers.get("x-fal-store-io", "").strip() != "0",
-        base_url=base.root,
+        base_url=call.base.root,
         expires_s=lifecycle_s(headers.get(LIFECYCLE), LIFECYCLE),
         retry=headers.get("x-fal-no-retry", "").strip().lower() not in ("1", "true", "yes"),
     )
     try:
-        job = endpoint.job(endpoint.parse(payload))
-        reference = await place_image(gateway, job["image"], base)
+        job = call.endpoint.job(call.endpoint.parse(payload))
+        reference = await place_image(call.gateway, job["image"], call.base)
     except InvalidInput as error:
         return replace(new, outcome=model_errors(error.items))
     is_ours = reference.startswith(f"{BLOB}in/")
     return replace(
         new,
         job={**job, "image": reference},
-        logs=tuple(_warn([*_unknown(endpoint, payload), *job["warnings"]])),
+        logs=tuple(_warn([*_unknown(call.endpoint, payload), *job["warnings"]])),
         blobs=(reference.removeprefix(BLOB),) if is_ours else (),
     )
 

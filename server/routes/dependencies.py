@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
 from server.endpoints import ENDPOINTS, Endpoint
-from server.errors import ApplicationNotFound, BodyTooLarge, InvalidInput, detail_item
+from server.errors import ApplicationNotFound, BodyTooLarge, InvalidInput, NotAuthenticated, detail_item
 from server.gateway import Gateway
 from server.schemas import Base
 
@@ -25,27 +26,10 @@ GatewayDep = Annotated[Gateway, Depends(get_gateway)]
 
 async def get_caller(request: Request, gateway: GatewayDep) -> str:
     """The fingerprint of the caller's key; 401 for strangers."""
-    owner, alias = request.path_params.get("owner"), request.path_params.get("alias")
-    subject = (
-        f'Cannot access application "{owner}/{alias}". Authentication is required to access this application.'
-        if alias
-        else ""
-    )
-    return gateway.keyring.identify(request.headers.get("authorization"), subject)
+    return gateway.keyring.identify(request.headers.get("authorization"))
 
 
 Caller = Annotated[str, Depends(get_caller)]
-
-
-async def get_endpoint(owner: str, alias: str, caller: Caller) -> Endpoint[Any]:
-    """The endpoint named in the path; 404 for an unknown one."""
-    endpoint = ENDPOINTS.get(f"{owner}/{alias}")
-    if endpoint is None:
-        raise ApplicationNotFound(alias)
-    return endpoint
-
-
-EndpointDep = Annotated[Endpoint[Any], Depends(get_endpoint)]
 
 
 async def get_base(request: Request) -> Base:
@@ -54,6 +38,34 @@ async def get_base(request: Request) -> Base:
 
 
 BaseDep = Annotated[Base, Depends(get_base)]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call of an endpoint by somebody who may: what every route of run and queue needs."""
+
+    request: Request
+    gateway: Gateway
+    endpoint: Endpoint[Any]
+    caller: str
+    base: Base
+
+
+async def get_call(request: Request, owner: str, alias: str) -> Call:
+    """The call; 401 for strangers, 404 for an unknown endpoint.
+
+    One dependency instead of four: each costs the status route a tenth of its time.
+    """
+    gateway: Gateway = request.app.state.gateway
+    subject = f'Cannot access application "{owner}/{alias}". {NotAuthenticated.__doc__}'
+    caller = gateway.keyring.identify(request.headers.get("authorization"), subject)
+    endpoint = ENDPOINTS.get(f"{owner}/{alias}")
+    if endpoint is None:
+        raise ApplicationNotFound(alias)
+    return Call(request, gateway, endpoint, caller, request.scope["base"])
+
+
+CallDep = Annotated[Call, Depends(get_call)]
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
@@ -74,15 +86,14 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     return b"".join(chunks)
 
 
-async def read_payload(request: Request, gateway: GatewayDep) -> Any:
+async def read_payload(call: Call) -> Any:
     """The JSON body, whatever its media type says; nothing at all is an empty object.
 
     Raises:
         BodyTooLarge: More than the settings allow.
         InvalidInput: It is not JSON.
     """
-    body = await read_body(request, int(gateway.settings.max_body_mb * MEBIBYTE))
-    return parse_json(body)
+    return parse_json(await read_body(call.request, int(call.gateway.settings.max_body_mb * MEBIBYTE)))
 
 
 def parse_json(body: bytes) -> Any:
@@ -104,6 +115,3 @@ def parse_json(body: bytes) -> Any:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
-
-
-Payload = Annotated[Any, Depends(read_payload)]

@@ -10,14 +10,14 @@ from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import structlog
-from fastapi import APIRouter, Path, Query, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response, StreamingResponse
 
 from server.errors import InvalidInput, PathNotFound, QueueFull, RequestNotFound, StillInProgress, detail_item, to_json
 from server.gateway import POLL_S, Gateway
 from server.ledger import LogRow, RequestRow
 from server.routes.admission import admit
-from server.routes.dependencies import BaseDep, Caller, EndpointDep, GatewayDep, Payload
+from server.routes.dependencies import Call, CallDep, read_payload
 from server.schemas import Base, result_bytes, status_body, submitted
 
 KEEP_ALIVE_S = 15.0
@@ -27,17 +27,10 @@ CANCEL_STATUS = {"OK": 200, "CANCELLATION_REQUESTED": 202, "ALREADY_COMPLETED": 
 router = APIRouter(prefix="/queue", tags=["queue"])
 log = structlog.get_logger()
 
-RequestId = Annotated[str, Path(max_length=200)]
-
 
 @router.post("/{owner}/{alias}")
 async def submit(
-    request: Request,
-    endpoint: EndpointDep,
-    gateway: GatewayDep,
-    base: BaseDep,
-    caller: Caller,
-    payload: Payload,
+    call: CallDep,
     fal_webhook: str | None = None,
     fal_max_queue_length: Annotated[int | None, Query(ge=0)] = None,
 ) -> Response:
@@ -46,28 +39,28 @@ async def submit(
     An input that does not fit the schema is accepted as well; its 422 is the request's result, as it is with fal.
     """
     webhook_url = checked_webhook(fal_webhook)
-    if fal_max_queue_length is not None and await gateway.ledger.num_queued() > fal_max_queue_length:
+    if fal_max_queue_length is not None and await call.gateway.ledger.num_queued() > fal_max_queue_length:
         raise QueueFull
-    new = await admit(request, gateway, endpoint, payload, caller=caller, base=base, webhook_url=webhook_url)
-    await gateway.ledger.submit(new)
-    gateway.wake_dispatcher()
-    row = await gateway.ledger.get(new.id)
+    new = await admit(call, await read_payload(call), webhook_url=webhook_url)
+    await call.gateway.ledger.submit(new)
+    call.gateway.wake_dispatcher()
+    row = await call.gateway.ledger.get(new.id)
     position = row.queue_position if row and row.queue_position else 0
-    log.info("submitted", request_id=new.id, endpoint=endpoint.id, caller=caller, accepted=new.outcome is None)
+    log.info("submitted", request_id=new.id, endpoint=new.endpoint, caller=call.caller, accepted=new.outcome is None)
     return Response(
-        to_json(submitted(base, endpoint.id, new.id, position)), media_type=JSON, headers={"x-fal-request-id": new.id}
+        to_json(submitted(call.base, new.endpoint, new.id, position)),
+        media_type=JSON,
+        headers={"x-fal-request-id": new.id},
     )
 
 
 @router.get("/{owner}/{alias}/requests/{request_id}/status")
-async def status(
-    request: Request, endpoint: EndpointDep, gateway: GatewayDep, base: BaseDep, request_id: RequestId
-) -> Response:
+async def status(call: CallDep, request_id: str) -> Response:
     """Where a request stands: 202 while it waits or runs, 200 when it is over; with its log if `logs` is true."""
-    row = await known(gateway, endpoint.id, request_id)
-    lines = await gateway.ledger.logs(request_id) if wants_logs(request) else None
+    row = await known(call, request_id)
+    lines = await call.gateway.ledger.logs(request_id) if wants_logs(call.request) else None
     return Response(
-        to_json(status_body(base, row, lines)),
+        to_json(status_body(call.base, row, lines)),
         status_code=200 if row.is_completed else 202,
         media_type=JSON,
         headers={"x-fal-request-id": row.id},
@@ -75,33 +68,31 @@ async def status(
 
 
 @router.get("/{owner}/{alias}/requests/{request_id}/status/stream")
-async def status_stream(
-    request: Request, endpoint: EndpointDep, gateway: GatewayDep, base: BaseDep, request_id: RequestId
-) -> Response:
+async def status_stream(call: CallDep, request_id: str) -> Response:
     """The status as server-sent events, one per change; each carries only new log lines. Ends when the request does."""
-    row = await known(gateway, endpoint.id, request_id)
+    row = await known(call, request_id)
     return StreamingResponse(
-        status_events(gateway, base, row, with_logs=wants_logs(request)),
+        status_events(call.gateway, call.base, row, with_logs=wants_logs(call.request)),
         media_type="text/event-stream",
         headers={"x-fal-request-id": row.id, "cache-control": "no-cache", "x-accel-buffering": "no"},
     )
 
 
 @router.get("/{owner}/{alias}/requests/{request_id}")
-async def result(endpoint: EndpointDep, gateway: GatewayDep, base: BaseDep, request_id: RequestId) -> Response:
+async def result(call: CallDep, request_id: str) -> Response:
     """What the model answered, its status and headers included; 400 while the request is not over."""
-    row = await known(gateway, endpoint.id, request_id)
+    row = await known(call, request_id)
     if not row.is_completed:
         raise StillInProgress(row.id)
-    return result_response(row, base)
+    return result_response(row, call.base)
 
 
 @router.put("/{owner}/{alias}/requests/{request_id}/cancel")
-async def cancel(endpoint: EndpointDep, gateway: GatewayDep, request_id: RequestId) -> Response:
+async def cancel(call: CallDep, request_id: str) -> Response:
     """Cancel a request: 200 if it waited, 202 if it runs and will stop at its next step, 400 if it is over."""
-    await known(gateway, endpoint.id, request_id)
-    answer = await gateway.ledger.request_cancel(request_id)
-    gateway.wake_dispatcher()
+    await known(call, request_id)
+    answer = await call.gateway.ledger.request_cancel(request_id)
+    call.gateway.wake_dispatcher()
     log.info("cancel", request_id=request_id, answer=answer)
     status_code = CANCEL_STATUS[answer]
     body: dict[str, Any] = {"status": answer, "success": status_code < 300}
@@ -111,19 +102,19 @@ async def cancel(endpoint: EndpointDep, gateway: GatewayDep, request_id: Request
 
 
 @router.api_route("/{owner}/{alias}/{path:path}", methods=["GET", "POST", "PUT", "DELETE"], include_in_schema=False)
-async def no_such_path(endpoint: EndpointDep, path: str) -> Response:
+async def no_such_path(call: CallDep, path: str) -> Response:
     """404: these endpoints have no sub-paths."""
     raise PathNotFound(f"/{path}")
 
 
-async def known(gateway: Gateway, endpoint_id: str, request_id: str) -> RequestRow:
+async def known(call: Call, request_id: str) -> RequestRow:
     """The request of this endpoint with this id.
 
     Raises:
         RequestNotFound: There is none, or it was forgotten.
     """
-    row = await gateway.ledger.get(request_id)
-    if row is None or row.endpoint != endpoint_id:
+    row = await call.gateway.ledger.get(request_id)
+    if row is None or row.endpoint != call.endpoint.id:
         raise RequestNotFound
     return row
 
@@ -184,10 +175,10 @@ async def status_events(gateway: Gateway, base: Base, row: RequestRow, *, with_l
         current = await gateway.ledger.get(row.id)
 
 
-async def cancelled_on_disconnect(request: Request, gateway: Gateway, request_id: str) -> RequestRow | None:
+async def cancelled_on_disconnect(call: Call, request_id: str) -> RequestRow | None:
     """Wait until a request is over; if the caller hangs up first, cancel it and return None."""
-    done = asyncio.ensure_future(gateway.completed(request_id))
-    gone = asyncio.ensure_future(_disconnected(request))
+    done = asyncio.ensure_future(call.gateway.completed(request_id))
+    gone = asyncio.ensure_future(_disconnected(call.request))
     try:
         await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
         if done.done():
@@ -195,8 +186,8 @@ async def cancelled_on_disconnect(request: Request, gateway: Gateway, request_id
         return None
     finally:
         if not done.done():
-            await gateway.ledger.request_cancel(request_id)
-            gateway.wake_dispatcher()
+            await call.gateway.ledger.request_cancel(request_id)
+            call.gateway.wake_dispatcher()
         done.cancel()
         gone.cancel()
 
