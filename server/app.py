@@ -16,7 +16,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from server.auth import Keyring
+from server.auth import Keyring, Tickets
 from server.envelope import Envelope
 from server.errors import GatewayError, InvalidInput, MethodNotAllowed, PathNotFound, answer_to, detail_item, to_json
 from server.fal_proxy import fal_proxy
@@ -24,10 +24,11 @@ from server.gateway import Gateway
 from server.hosts import HostRouting
 from server.ledger import Ledger
 from server.ledger.sqlite import LedgerUnavailable
-from server.routes import files, ops, queue, run
+from server.routes import files, openapi, ops, queue, rest, run
 from server.settings import Settings
 from server.storage import Storage
 from server.tls import ensure_certificates
+from server.uploads import Uploads
 from server.wakeup import Bell
 
 KEEP_ALIVE_S = 75
@@ -62,7 +63,7 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
     )
     app.settings = settings
-    for router in (run.router, queue.router, files.router, ops.router):
+    for router in (run.router, queue.router, rest.router, files.router, openapi.router, ops.router):
         app.include_router(router)
     for kind in (GatewayError, InvalidInput, LedgerUnavailable):
         app.add_exception_handler(kind, answer_known)
@@ -81,11 +82,14 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         contextlib.closing(Ledger.open(settings)) as ledger,
         contextlib.closing(Bell(settings.run_dir, "gateway")) as bell,
     ):
+        storage = Storage.open(settings)
         app.state.gateway = Gateway(
             settings=settings,
             ledger=ledger,
-            storage=Storage.open(settings),
+            storage=storage,
             keyring=Keyring(settings.api_keys),
+            tickets=await Tickets.open(ledger),
+            uploads=Uploads(settings.uploads_dir, storage, ledger, max_bytes=int(settings.max_upload_mb * 2**20)),
             bell=bell,
         )
         yield

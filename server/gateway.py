@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from server.auth import Keyring
+from server.auth import Keyring, Tickets
 from server.ledger import Ledger, RequestRow
 from server.settings import Settings
 from server.storage import Storage
+from server.uploads import Uploads
 from server.wakeup import Bell, ring
 
 POLL_S = 0.5  # a bell that was missed delays no longer than this
@@ -21,6 +22,8 @@ class Gateway:
     ledger: Ledger
     storage: Storage
     keyring: Keyring
+    tickets: Tickets
+    uploads: Uploads
     bell: Bell
 
     def wake_dispatcher(self) -> None:

@@ -150,6 +150,11 @@ class Settings(BaseSettings):
         return self.data / "files"
 
     @property
+    def uploads_dir(self) -> Path:
+        """Parts of uploads that are not complete yet."""
+        return self.data / "uploads"
+
+    @property
     def tls_dir(self) -> Path:
         """Our certificates and their keys."""
         return self.data / "tls"
