@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any
 
 from server.auth import Keyring, Tickets
-from server.ledger import Ledger, RequestRow
+from server.ledger import CancelAnswer, Ledger, RequestRow
 from server.settings import Settings
 from server.storage import Storage
 from server.uploads import Uploads
@@ -25,6 +28,19 @@ class Gateway:
     tickets: Tickets
     uploads: Uploads
     bell: Bell
+    tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    def in_background(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Do something that must happen although its caller has gone."""
+        task = asyncio.get_running_loop().create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def cancel(self, request_id: str) -> CancelAnswer:
+        """Cancel a request and tell the dispatcher."""
+        answer = await self.ledger.request_cancel(request_id)
+        self.wake_dispatcher()
+        return answer
 
     def wake_dispatcher(self) -> None:
         """Tell the dispatcher that there is something new in the ledger."""

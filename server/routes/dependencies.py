@@ -9,7 +9,14 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 
 from server.endpoints import ENDPOINTS, Endpoint
-from server.errors import ApplicationNotFound, BodyTooLarge, InvalidInput, NotAuthenticated, detail_item
+from server.errors import (
+    ApplicationNotFound,
+    BodyTooLarge,
+    InvalidCredentials,
+    InvalidInput,
+    NotAuthenticated,
+    detail_item,
+)
 from server.gateway import Gateway
 from server.schemas import Base
 
@@ -58,11 +65,23 @@ async def get_call(request: Request, owner: str, alias: str) -> Call:
     """
     gateway: Gateway = request.app.state.gateway
     subject = f'Cannot access application "{owner}/{alias}". {NotAuthenticated.__doc__}'
-    caller = gateway.keyring.identify(request.headers.get("authorization"), subject)
+    authorization = request.headers.get("authorization")
+    if authorization is None and b"fal_jwt_token=" in request.scope["query_string"]:
+        caller = _token_holder(gateway, request.query_params["fal_jwt_token"], owner, alias)
+    else:
+        caller = gateway.keyring.identify(authorization, subject)
     endpoint = ENDPOINTS.get(f"{owner}/{alias}")
     if endpoint is None:
         raise ApplicationNotFound(alias)
     return Call(request, gateway, endpoint, caller, request.scope["base"])
+
+
+def _token_holder(gateway: Gateway, token: str, owner: str, alias: str) -> str:
+    """Who got the short-lived token that a page shows in place of a key."""
+    facts = gateway.tickets.read("app", token)
+    if facts["apps"] and not {alias, f"{owner}/{alias}"} & set(facts["apps"]):
+        raise InvalidCredentials(f'The token is not for application "{owner}/{alias}"')
+    return str(facts["caller"])
 
 
 CallDep = Annotated[Call, Depends(get_call)]

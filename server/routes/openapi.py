@@ -127,12 +127,14 @@ def _described(schema: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _openapi_3_0(value: Any) -> Any:
-    """3.0 has no type null: a field that may be null says so, and null is no default of it."""
+    """3.0 has no type null, hence a field that may be null says so; and one example where JSON schema has many."""
     if isinstance(value, list):
         return [_openapi_3_0(member) for member in value]
     if not isinstance(value, dict):
         return value
     rest = {key: _openapi_3_0(member) for key, member in value.items()}
+    if isinstance(rest.get("examples"), list):
+        rest["example"] = rest.pop("examples")[0]
     kinds = [kind for kind in rest.get("anyOf", []) if kind != {"type": "null"}]
     if "anyOf" in rest and len(kinds) < len(rest["anyOf"]):
         del rest["anyOf"]

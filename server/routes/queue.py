@@ -91,8 +91,7 @@ async def result(call: CallDep, request_id: str) -> Response:
 async def cancel(call: CallDep, request_id: str) -> Response:
     """Cancel a request: 200 if it waited, 202 if it runs and will stop at its next step, 400 if it is over."""
     await known(call, request_id)
-    answer = await call.gateway.ledger.request_cancel(request_id)
-    call.gateway.wake_dispatcher()
+    answer = await call.gateway.cancel(request_id)
     log.info("cancel", request_id=request_id, answer=answer)
     status_code = CANCEL_STATUS[answer]
     body: dict[str, Any] = {"status": answer, "success": status_code < 300}
@@ -186,8 +185,7 @@ async def cancelled_on_disconnect(call: Call, request_id: str) -> RequestRow | N
         return None
     finally:
         if not done.done():
-            await call.gateway.ledger.request_cancel(request_id)
-            call.gateway.wake_dispatcher()
+            await call.gateway.cancel(request_id)
         done.cancel()
         gone.cancel()
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 import structlog
 from fastapi import APIRouter
-from fastapi.responses import Response
+from fastapi.responses import Response, StreamingResponse
 
-from server.errors import ClientDisconnected, PathNotFound, RequestNotFound
+from server.errors import ClientDisconnected, InvalidInput, PathNotFound, RequestNotFound
 from server.routes.admission import admit
-from server.routes.dependencies import CallDep, read_payload
-from server.routes.queue import cancelled_on_disconnect, result_response
+from server.routes.dependencies import Call, CallDep, read_payload
+from server.routes.queue import cancelled_on_disconnect, result_response, status_events
+from server.schemas import result_bytes
 
 router = APIRouter(prefix="/run", tags=["run"])
 log = structlog.get_logger()
@@ -33,6 +36,37 @@ async def run(call: CallDep) -> Response:
     if row is None:
         raise RequestNotFound
     return result_response(row, call.base)
+
+
+@router.post("/{owner}/{alias}/stream")
+async def stream(call: CallDep) -> Response:
+    """Make a picture and tell of it in server-sent events: progress while it is made, the whole output last.
+
+    An invalid input is a 422 before the stream begins; what fails later is its last event. Hanging up cancels the work.
+    """
+    new = await admit(call, await read_payload(call))
+    if new.outcome is not None:
+        raise InvalidInput(new.outcome.body["detail"])
+    await call.gateway.ledger.submit(new)
+    log.info("stream", request_id=new.id, endpoint=new.endpoint, caller=call.caller)
+    call.gateway.wake_dispatcher()
+    headers = {"x-fal-request-id": new.id, "cache-control": "no-cache", "x-accel-buffering": "no"}
+    return StreamingResponse(_events(call, new.id), media_type="text/event-stream", headers=headers)
+
+
+async def _events(call: Call, request_id: str) -> AsyncIterator[bytes]:
+    gateway = call.gateway
+    row = await gateway.ledger.get(request_id)
+    try:
+        if row is not None:
+            async for event in status_events(gateway, call.base, row, with_logs=True):
+                yield event
+        row = await gateway.ledger.get(request_id)
+        if row is not None and row.is_completed:
+            yield b"data: " + result_bytes(row, call.base.root) + b"\n\n"
+    finally:
+        if row is None or not row.is_completed:
+            gateway.in_background(gateway.cancel(request_id))
 
 
 @router.api_route("/{owner}/{alias}/{path:path}", methods=["GET", "POST", "PUT", "DELETE"], include_in_schema=False)

@@ -22,7 +22,9 @@ WRONG: list[tuple[str, str, bytes | None, int]] = [
     ("POST", "/nothing", None, 404),
     ("GET", "/", None, 404),
     ("POST", "/a/b", b"{}", 404),
-    ("POST", f"/{APP}/stream", b"{}", 404),
+    ("POST", f"/{APP}/stream", b"{}", 422),
+    ("GET", f"/{APP}/stream", None, 404),
+    ("POST", f"{QUEUE}/stream", b"{}", 404),
     ("POST", f"/{APP}/realtime", b"{}", 404),
     ("GET", f"/{APP}", None, 405),
     ("POST", f"/{APP}", b"{}", 422),
@@ -60,6 +62,16 @@ WRONG: list[tuple[str, str, bytes | None, int]] = [
     ("GET", "/files/in/" + "0" * 64, None, 404),
     ("POST", "/health", None, 405),
     ("GET", "/api/fal/proxy", None, 400),
+    ("POST", "/storage/upload/initiate", b"[]", 422),
+    ("POST", "/storage/upload/initiate", b'{"file_name": 5}', 422),
+    ("POST", "/tokens/", b'{"token_expiration": -1}', 422),
+    ("POST", "/tokens/", b'{"allowed_apps": "x"}', 422),
+    ("PUT", "/storage/upload/x?signature=y", b"x", 401),
+    ("PUT", "/storage/upload/x/1", b"x", 401),
+    ("PUT", "/storage/upload/x/one", b"x", 422),
+    ("POST", "/storage/upload/x/complete", b"{}", 401),
+    ("PUT", "/files/up/ab/x.png/multipart/x/1", b"x", 401),
+    ("PUT", "/files/up/ab/x.png", b"x", 405),
 ]
 
 

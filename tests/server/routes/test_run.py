@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 
@@ -62,3 +63,14 @@ def test_run_that_starts_too_late_answers_504(client: TestClient, slot: FakeSlot
     timer.join()
 
     assert answer.status_code == 504 and answer.headers["x-fal-request-timeout-type"] == "user"
+
+
+def test_stream_tells_of_progress_and_ends_with_the_output(client: TestClient, slot: FakeSlot) -> None:
+    """Every event is JSON; the last one is what run would have answered."""
+    with slot.at_work():
+        answer = client.post(f"{APP}/stream", json=IMAGE)
+
+    events = [json.loads(part[6:]) for part in answer.text.split("\n\n") if part.startswith("data: ")]
+    assert answer.headers["content-type"].startswith("text/event-stream") and answer.headers["x-fal-request-id"]
+    assert events[0]["status"] in ("IN_QUEUE", "IN_PROGRESS") and events[-2]["status"] == "COMPLETED"
+    assert events[-1]["seed"] == 7 and events[-1]["image"]["url"].endswith(PICTURE)
