@@ -392,6 +392,7 @@ def upscale(settings: Settings, endpoint: Endpoint[Any], image: Path, output: Pa
     """Make one picture in this process, with the code that a slot runs, and show how far it is."""
     # The picture's bytes go to the pipeline directly; its URL stands for it in the checks of the input.
     job = endpoint.job(endpoint.parse({"image_url": image.absolute().as_uri(), **given}))
+    configure_logging(settings.model_copy(update={"log_level": "warning"}))
     console = Console(stderr=True, highlight=False)
     for warning in job["warnings"]:
         console.print(f"[yellow]note:[/] {warning}")

@@ -65,8 +65,11 @@ Load = Callable[[WeightStore, str, Settings], Render]
 
 def load_creative_upscaler(store: WeightStore, device: str, settings: Settings) -> Render:
     """Load the creative upscaler; takes the time that importing torch and reading the weights takes."""
+    from transformers.utils import logging as transformers_logging
+
     from pipelines.creative_upscaler import CreativeUpscaler, Limits, Params
 
+    transformers_logging.disable_progress_bar()  # its bars would run through our log and our own bars
     pipeline = CreativeUpscaler.load(store, device=device)
     limits = Limits(
         max_input_pixels=int(settings.max_input_mp * 1e6),

@@ -11,20 +11,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.acceptance.live import FAKE, REAL, LiveServer
-from weights.store import POCKET_FOLDER, WeightStore
+from tests.acceptance.live import REAL, LiveServer
 
-PROGRAM = FAKE if WeightStore("pocket", POCKET_FOLDER).missing() else REAL
-STEPS = {"FAKE_STEP_S": "0.05"}
 PHOTO = Path(__file__).parents[1] / "photos" / "clinic.png"
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """A server that every test leaves as it found it; it fetches from this machine."""
-    server = LiveServer(
-        tmp_path_factory.mktemp("live") / "data", PROGRAM, UPSCALER_FETCH_ALLOW_HOSTS="127.0.0.1", **STEPS
-    )
+    server = LiveServer(tmp_path_factory.mktemp("live") / "data", REAL, UPSCALER_FETCH_ALLOW_HOSTS="127.0.0.1")
     server.start()
     yield server
     assert server.stop() == 0

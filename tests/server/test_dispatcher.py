@@ -277,7 +277,7 @@ def test_an_outcome_that_was_recorded_before_frees_its_slot(play: Play) -> None:
 
 
 def test_cancelling_asks_the_slot_first_and_kills_it_late(play: Play) -> None:
-    """A run that does not stop within its grace costs the slot; the request ends as cancelled, not in the queue again."""
+    """A run that does not stop within its grace costs the slot; the request ends as cancelled, not queued again."""
 
     async def story(scene: Scene) -> None:
         await scene.submit()

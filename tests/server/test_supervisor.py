@@ -1,0 +1,170 @@
+"""The supervisor keeps its roles alive, stops them in order, and leaves nobody behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from server.settings import Settings
+from server.supervisor import (
+    CONFIGURATION_ERROR,
+    AlreadyRunning,
+    Role,
+    SlotSpec,
+    Supervisor,
+    detect_gpus,
+    plan_roles,
+    plan_slots,
+    read_server,
+    settings_environment,
+    sole_owner,
+)
+
+SLEEPER = """
+import os, pathlib, signal, sys, time
+from server import lifeline
+lifeline.exit_when_cut(int(sys.argv[-1]))
+diary = pathlib.Path(sys.argv[2])
+def stop(*_):
+    with diary.open("a") as file:
+        file.write(f"stopped {sys.argv[1]}\\n")
+    os._exit(0)
+signal.signal(signal.SIGTERM, stop)
+with diary.open("a") as file:
+    file.write(f"started {sys.argv[1]}\\n")
+time.sleep(300)
+"""
+
+
+def sleeper(name: str, diary: Path) -> Role:
+    """A role that notes its start and stop, and does nothing between."""
+    return Role(name=name, argv=[sys.executable, "-c", SLEEPER, name, str(diary)])
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        await asyncio.sleep(0.02)
+
+
+def lines_of(diary: Path) -> list[str]:
+    return diary.read_text().splitlines() if diary.exists() else []
+
+
+def test_roles_are_restarted_and_stopped_in_order(settings: Settings, tmp_path: Path) -> None:
+    """A killed role comes back under another process id; SIGTERM stops the roles in the order given."""
+    diary = tmp_path / "diary"
+    settings.make_folders()
+
+    async def scene() -> int:
+        running = asyncio.create_task(Supervisor(settings, [sleeper("a", diary), sleeper("b", diary)]).run())
+        await until(lambda: len(lines_of(diary)) == 2)
+        file = settings.run_dir / "server.json"
+        pid = json.loads(file.read_text())["roles"]["a"]
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: lines_of(diary).count("started a") == 2)
+        await until(lambda: json.loads(file.read_text())["roles"]["a"] != pid)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return await running
+
+    status = asyncio.run(scene())
+
+    assert status == 0
+    assert lines_of(diary)[-2:] == ["stopped a", "stopped b"]
+    assert not (settings.run_dir / "server.json").exists()
+
+
+def test_a_role_that_cannot_be_helped_ends_the_server(settings: Settings, tmp_path: Path) -> None:
+    """A configuration error of one role is the server's exit status; restarting would not change it."""
+    settings.make_folders()
+    hopeless = Role(name="b", argv=[sys.executable, "-c", f"raise SystemExit({CONFIGURATION_ERROR})"])
+
+    status = asyncio.run(Supervisor(settings, [sleeper("a", tmp_path / "diary"), hopeless]).run())
+
+    assert status == CONFIGURATION_ERROR
+
+
+def test_the_roles_die_with_a_killed_supervisor(settings: Settings, tmp_path: Path) -> None:
+    """SIGKILL leaves no time to stop anybody; the lifeline does."""
+    program = f"""
+import asyncio, sys
+from pathlib import Path
+from server.settings import Settings
+from server.supervisor import Supervisor
+from tests.server.test_supervisor import sleeper
+settings = Settings(data={str(settings.data)!r})
+settings.make_folders()
+asyncio.run(Supervisor(settings, [sleeper("a", Path({str(tmp_path / "diary")!r}))]).run())
+"""
+    supervisor = subprocess.Popen([sys.executable, "-c", program])
+    asyncio.run(until(lambda: lines_of(tmp_path / "diary") == ["started a"]))
+    pid = json.loads((settings.run_dir / "server.json").read_text())["roles"]["a"]
+
+    supervisor.kill()
+    supervisor.wait()
+
+    asyncio.run(until(lambda: not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text(), 2.0))
+
+
+def test_a_data_folder_has_one_server(settings: Settings) -> None:
+    """A second server on the same folder is refused, with a way out; when the first is gone it may start."""
+    with sole_owner(settings):
+        assert read_server(settings) is None, "it has not said anything yet"
+        with pytest.raises(AlreadyRunning, match="--data"), sole_owner(settings):
+            pass
+
+    with sole_owner(settings):
+        pass
+    assert read_server(settings) is None
+
+
+@pytest.mark.parametrize(("slots", "expected"), [("auto", ["3", "5"]), (3, ["3", "5", "3"]), (1, ["3"])])
+def test_slots_are_dealt_out_over_gpus(settings: Settings, slots: int | str, expected: list[str]) -> None:
+    """One slot per GPU unless a number is given."""
+    plan = plan_slots(settings.model_copy(update={"slots": slots}), ["3", "5"])
+
+    assert [slot.gpu for slot in plan] == expected
+    assert {slot.device for slot in plan} == {"cuda"}
+
+
+def test_a_machine_without_gpu_has_one_slot_on_the_processor(settings: Settings) -> None:
+    """Without GPUs there is one slot, on the CPU."""
+    assert [(slot.id, slot.device) for slot in plan_slots(settings, [])] == [("0", "cpu")]
+
+
+@pytest.mark.parametrize(("value", "expected"), [("", []), ("-1", []), ("0,2", ["0", "2"]), ("GPU-ab12", ["GPU-ab12"])])
+def test_visible_devices_limit_the_gpus(monkeypatch: pytest.MonkeyPatch, value: str, expected: list[str]) -> None:
+    """What the operator hides is not used."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+
+    assert detect_gpus() == expected
+
+
+def test_roles_run_on_the_settings_of_the_supervisor(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What came from the command line reaches every role through its environment, lists included."""
+    chosen = Settings(data=tmp_path / "x", port=1234, api_keys=["a,b", "c"], allow_unauthenticated=True)
+    for name, value in settings_environment(chosen).items():
+        monkeypatch.setenv(name, value)
+
+    assert Settings() == chosen
+
+
+def test_each_slot_sees_its_own_gpu(settings: Settings) -> None:
+    """A slot's process is shown one GPU, under the name `cuda`; the dispatcher knows every slot."""
+    roles = plan_roles(settings, [SlotSpec(id="0", gpu="3"), SlotSpec(id="1", gpu="5")])
+
+    assert [role.name for role in roles] == ["gateway", "dispatcher", "slot-0", "slot-1"]
+    assert roles[1].argv[-2:] == ["--slots", "0,1"]
+    assert [role.env["CUDA_VISIBLE_DEVICES"] for role in roles[2:]] == ["3", "5"]
