@@ -9,13 +9,17 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
 
 def halo_rows(levels: int) -> int:
     """Return how many pixels around a pixel `wavelet_match` looks at, in each direction."""
     return 2**levels - 1
 
 
-def wavelet_match(result: Tensor, reference: Tensor, *, levels: int, amount: float) -> Tensor:
+def wavelet_match(
+    result: Tensor, reference: Tensor, *, levels: int, amount: float, chroma_levels: int | None = None
+) -> Tensor:
     """Keep the detail of `result` and take the tones of `reference`.
 
     The coarse part is the low band of an à-trous wavelet transform: smoothing with [1 2 1] / 4 along both axes, the
@@ -30,16 +34,27 @@ def wavelet_match(result: Tensor, reference: Tensor, *, levels: int, amount: flo
         reference: Of the same shape, dtype and device.
         levels: Octaves that count as detail; structures above about 2^levels px are tones.
         amount: 0 returns the result, 1 has the tones of the reference alone.
+        chroma_levels: Octaves that count as detail of colour, at most `levels`, which is the default. Eyes see colour
+            more coarsely than light: fewer take coloured speckle away that luma detail does not need.
 
     Returns:
         (1, 3, H, W), clamped to 0..1, same dtype and device; `result` itself for amount 0.
     """
     if amount == 0:
         return result
-    low = reference - result
-    for level in range(levels):
-        low = _smoothed(_smoothed(low, 2**level, dim=-1), 2**level, dim=-2)
+    chroma_levels = levels if chroma_levels is None else chroma_levels
+    low = _low_band(reference - result, range(chroma_levels))
+    if chroma_levels < levels:
+        luma = (low * low.new_tensor(_LUMA)[:, None, None]).sum(dim=1, keepdim=True)
+        low = low + (_low_band(luma, range(chroma_levels, levels)) - luma)
     return (result + amount * low).clamp_(0, 1)
+
+
+def _low_band(image: Tensor, levels: range) -> Tensor:
+    """Smooth with taps 2^level px apart, for each of the levels."""
+    for level in levels:
+        image = _smoothed(_smoothed(image, 2**level, dim=-1), 2**level, dim=-2)
+    return image
 
 
 def _smoothed(image: Tensor, distance: int, *, dim: int) -> Tensor:

@@ -45,8 +45,9 @@ TILE_OVERLAP_PX = 64
 """Eight latents of Stable Diffusion 1.5; with ramp weights and moving edges more buys tone, not thinner seams."""
 TILE_BATCH = {"cpu": 2, "cuda": 16}
 """Tiles per forward: a GPU is filled from about 32 samples (16 tiles x 2 guidance halves), a CPU by far fewer."""
-FULL_COMPENSATION_STRENGTH, NO_COMPENSATION_STRENGTH = 0.5, 0.8
-"""Round-trip compensation fades out between these: where structure moves, the old residue would show as a ghost."""
+FAITHFUL_STRENGTH, FREE_STRENGTH = 0.5, 0.8
+"""Up to the first, what the input determines is kept: its tones, and what the VAE's round trip would take away. From
+the second on nothing is: where structure moves, the old one would show as a ghost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,15 +181,16 @@ class CreativeUpscaler:
         with stages.stage("vae_encode"):
             start = self.vae.encode(padded).float()
         final = self._denoise(start, grid, conditioning, params, stages)
-        levels = 5 + round(math.log2(params.scale))
+        kept = faithfulness(params.strength)
+        # Structures of about four pixels of the input are tones: they are known, not to be imagined.
+        levels = 2 + round(math.log2(params.scale))
+
+        def match(rows: Tensor, reference: Tensor) -> Tensor:
+            return wavelet_match(rows, reference, levels=levels, chroma_levels=max(1, levels - 2), amount=kept)
 
         def bands(vae: TiledVAE) -> Iterator[Tensor]:
-            matched = filter_bands(
-                _compensated(vae, start, final, padded, weight=compensation_weight(params.strength)),
-                lambda rows, reference: wavelet_match(rows, reference, levels=levels, amount=1 - params.strength),
-                halo=halo_rows(levels),
-            )
-            return cut(matched, *before.shape[-2:])
+            pairs = _compensated(vae, start, final, padded, weight=kept)
+            return cut(filter_bands(pairs, match, halo=halo_rows(levels)), *before.shape[-2:])
 
         return bands
 
@@ -279,10 +281,9 @@ def plan_size(width: int, height: int, params: Params, limits: Limits) -> tuple[
     return new_width, new_height
 
 
-def compensation_weight(strength: float) -> float:
-    """How much of the VAE's own round-trip error is subtracted: 1 up to strength 0.5, falling to 0 at 0.8."""
-    span = NO_COMPENSATION_STRENGTH - FULL_COMPENSATION_STRENGTH
-    return min(1.0, max(0.0, (NO_COMPENSATION_STRENGTH - strength) / span))
+def faithfulness(strength: float) -> float:
+    """How much of what the input determines is put back after diffusion: 1 up to strength 0.5, falling to 0 at 0.8."""
+    return min(1.0, max(0.0, (FREE_STRENGTH - strength) / (FREE_STRENGTH - FAITHFUL_STRENGTH)))
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -51,6 +51,20 @@ def test_detail_of_the_reference_is_not_taken() -> None:
     assert middle.abs().max() < 1e-5
 
 
+def test_coloured_speckle_goes_where_grey_detail_stays() -> None:
+    """With fewer levels for colour, specks of colour come from the reference and specks of light from the result."""
+    reference = torch.full((1, 3, 64, 64), 0.5)
+    weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+    specks = F.interpolate(0.1 * torch.randn(1, 3, 16, 16), scale_factor=4)
+    luma = (specks * weights).sum(dim=1, keepdim=True)
+
+    matched = wavelet_match(reference + specks, reference, levels=4, chroma_levels=1, amount=1.0) - 0.5
+
+    kept_luma = (matched * weights).sum(dim=1, keepdim=True)
+    assert kept_luma.std() > 0.8 * luma.std()
+    assert (matched - kept_luma).std() < 0.6 * (specks - luma).std()
+
+
 @pytest.mark.parametrize("levels", [1, 2, 5])
 def test_bands_with_a_halo_equal_the_whole_picture(levels: int) -> None:
     """Matching band by band gives the pixels of the whole picture."""

@@ -17,7 +17,7 @@ from PIL import Image, ImageCms
 
 from benchmarks import metrics
 from benchmarks.quality import DEFAULTS, UNLIMITED, borders
-from pipelines.creative_upscaler import CreativeUpscaler, Limits, Params, Result, compensation_weight, plan_size
+from pipelines.creative_upscaler import CreativeUpscaler, Limits, Params, Result, faithfulness, plan_size
 from pipelines.errors import Cancelled, ImageTooLarge, NonFiniteResult
 from pipelines.progress import Report
 from pipelines.vae import TiledVAE
@@ -236,10 +236,10 @@ def test_too_large_a_result_is_refused_with_the_largest_side() -> None:
     assert plan_size(1000, 600, replace(QUICK, allow_large=True), limits) == (2000, 1200)
 
 
-def test_compensation_fades_between_its_bounds() -> None:
-    """The round-trip error is subtracted fully up to strength 0.5 and not at all from 0.8."""
-    assert [compensation_weight(s) for s in (0.1, 0.5, 0.8, 1.0)] == pytest.approx([1, 1, 0, 0])
-    assert 0 < compensation_weight(0.65) < 1
+def test_faithfulness_fades_between_its_bounds() -> None:
+    """What the input determines is put back fully up to strength 0.5 and not at all from 0.8."""
+    assert [faithfulness(s) for s in (0.1, 0.5, 0.8, 1.0)] == pytest.approx([1, 1, 0, 0])
+    assert 0 < faithfulness(0.65) < 1
 
 
 @pytest.fixture(scope="module")
