@@ -63,7 +63,7 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
     )
     app.settings = settings
-    for router in (run.router, queue.router, rest.router, files.router, openapi.router, ops.router):
+    for router in (queue.router, run.router, rest.router, files.router, openapi.router, ops.router):
         app.include_router(router)
     for kind in (GatewayError, InvalidInput, LedgerUnavailable):
         app.add_exception_handler(kind, answer_known)

@@ -250,6 +250,10 @@ def answer_to(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     return answer.status, body, headers
 
 
+# Made once: json.dumps with an option would make one for every answer.
+ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+
+
 def to_json(value: Any) -> bytes:
     """Compact JSON in ASCII: no chunk of a stream can split a character, and lone surrogates stay escaped."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
+    return ENCODER.encode(value).encode("ascii")

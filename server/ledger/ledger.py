@@ -47,9 +47,12 @@ START_TIMEOUT = Outcome(
 )
 
 
+ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+
+
 def compact_json(value: Any) -> str:
     """JSON in ASCII, so that whatever a caller sent can be stored and sent again."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return ENCODER.encode(value)
 
 
 class Ledger:

@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 from server.endpoints import Endpoint
 from server.errors import DOWNLOAD_FAILED, InvalidInput, detail_item, model_errors
 from server.gateway import Gateway
-from server.hosts import MEDIA_HOSTS
+from server.hosts import FAL_HOSTS, MEDIA_HOSTS
 from server.inputs import FileTooLarge, MalformedDataURI, decode_data_uri
 from server.ledger import NewLog, NewRequest
 from server.routes.dependencies import MEBIBYTE, Call
@@ -28,7 +28,7 @@ LIFECYCLE = "x-fal-object-lifecycle-preference"
 
 async def admit(call: Call, payload: Any, *, webhook_url: str | None = None) -> NewRequest:
     """The request that the ledger is to accept; an invalid input makes one that is over already, with its 422."""
-    headers = call.request.headers
+    headers = dict(call.request.headers)
     new = NewRequest(
         id=str(uuid.uuid4()),
         endpoint=call.endpoint.id,
@@ -142,6 +142,7 @@ def _own_hosts(gateway: Gateway, base: Base) -> tuple[str, ...]:
     return (
         urlsplit(base.root).netloc.lower(),
         urlsplit(public).netloc.lower() if public else "",
+        *FAL_HOSTS,
         *MEDIA_HOSTS,
     )
 

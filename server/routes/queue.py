@@ -6,40 +6,45 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 import structlog
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 
 from server.errors import InvalidInput, PathNotFound, QueueFull, RequestNotFound, StillInProgress, detail_item, to_json
 from server.gateway import POLL_S, Gateway
 from server.ledger import LogRow, RequestRow
 from server.routes.admission import admit
-from server.routes.dependencies import Call, CallDep, read_payload
+from server.routes.dependencies import ENDPOINT_PATH, REQUEST_PATH, Call, CallDep, get_call, read_payload
 from server.schemas import Base, result_bytes, status_body, submitted
 
-KEEP_ALIVE_S = 15.0
 JSON = "application/json"
+KEEP_ALIVE_S = 15.0
+SUBMIT_PATH: dict[str, Any] = {
+    "parameters": [
+        *ENDPOINT_PATH["parameters"],
+        {"name": "fal_webhook", "in": "query", "schema": {"type": "string"}},
+        {"name": "fal_max_queue_length", "in": "query", "schema": {"type": "integer", "minimum": 0}},
+    ],
+    "requestBody": {"content": {JSON: {"schema": {"type": "object"}}}},
+}
 CANCEL_STATUS = {"OK": 200, "CANCELLATION_REQUESTED": 202, "ALREADY_COMPLETED": 400, "NOT_FOUND": 404}
 
 router = APIRouter(prefix="/queue", tags=["queue"])
 log = structlog.get_logger()
 
 
-@router.post("/{owner}/{alias}")
-async def submit(
-    call: CallDep,
-    fal_webhook: str | None = None,
-    fal_max_queue_length: Annotated[int | None, Query(ge=0)] = None,
-) -> Response:
+@router.post("/{owner}/{alias}", openapi_extra=SUBMIT_PATH)
+async def submit(request: Request) -> Response:
     """Queue a request and return its id and URLs.
 
     An input that does not fit the schema is accepted as well; its 422 is the request's result, as it is with fal.
     """
-    webhook_url = checked_webhook(fal_webhook)
-    if fal_max_queue_length is not None and await call.gateway.ledger.num_queued() > fal_max_queue_length:
+    call = await get_call(request)
+    webhook_url, limit = checked_webhook(request), queue_limit(request)
+    if limit is not None and await call.gateway.ledger.num_queued() > limit:
         raise QueueFull
     new = await admit(call, await read_payload(call), webhook_url=webhook_url)
     await call.gateway.ledger.submit(new)
@@ -54,11 +59,12 @@ async def submit(
     )
 
 
-@router.get("/{owner}/{alias}/requests/{request_id}/status")
-async def status(call: CallDep, request_id: str) -> Response:
+@router.get("/{owner}/{alias}/requests/{request_id}/status", openapi_extra=REQUEST_PATH)
+async def status(request: Request) -> Response:
     """Where a request stands: 202 while it waits or runs, 200 when it is over; with its log if `logs` is true."""
-    row = await known(call, request_id)
-    lines = await call.gateway.ledger.logs(request_id) if wants_logs(call.request) else None
+    call = await get_call(request)
+    row = await known(call)
+    lines = await call.gateway.ledger.logs(row.id) if wants_logs(call.request) else None
     return Response(
         to_json(status_body(call.base, row, lines)),
         status_code=200 if row.is_completed else 202,
@@ -67,10 +73,11 @@ async def status(call: CallDep, request_id: str) -> Response:
     )
 
 
-@router.get("/{owner}/{alias}/requests/{request_id}/status/stream")
-async def status_stream(call: CallDep, request_id: str) -> Response:
+@router.get("/{owner}/{alias}/requests/{request_id}/status/stream", openapi_extra=REQUEST_PATH)
+async def status_stream(request: Request) -> Response:
     """The status as server-sent events, one per change; each carries only new log lines. Ends when the request does."""
-    row = await known(call, request_id)
+    call = await get_call(request)
+    row = await known(call)
     return StreamingResponse(
         status_events(call.gateway, call.base, row, with_logs=wants_logs(call.request)),
         media_type="text/event-stream",
@@ -78,19 +85,21 @@ async def status_stream(call: CallDep, request_id: str) -> Response:
     )
 
 
-@router.get("/{owner}/{alias}/requests/{request_id}")
-async def result(call: CallDep, request_id: str) -> Response:
+@router.get("/{owner}/{alias}/requests/{request_id}", openapi_extra=REQUEST_PATH)
+async def result(request: Request) -> Response:
     """What the model answered, its status and headers included; 400 while the request is not over."""
-    row = await known(call, request_id)
+    call = await get_call(request)
+    row = await known(call)
     if not row.is_completed:
         raise StillInProgress(row.id)
     return result_response(row, call.base)
 
 
-@router.put("/{owner}/{alias}/requests/{request_id}/cancel")
-async def cancel(call: CallDep, request_id: str) -> Response:
+@router.put("/{owner}/{alias}/requests/{request_id}/cancel", openapi_extra=REQUEST_PATH)
+async def cancel(request: Request) -> Response:
     """Cancel a request: 200 if it waited, 202 if it runs and will stop at its next step, 400 if it is over."""
-    await known(call, request_id)
+    call = await get_call(request)
+    request_id = (await known(call)).id
     answer = await call.gateway.cancel(request_id)
     log.info("cancel", request_id=request_id, answer=answer)
     status_code = CANCEL_STATUS[answer]
@@ -106,13 +115,13 @@ async def no_such_path(call: CallDep, path: str) -> Response:
     raise PathNotFound(f"/{path}")
 
 
-async def known(call: Call, request_id: str) -> RequestRow:
-    """The request of this endpoint with this id.
+async def known(call: Call) -> RequestRow:
+    """The request that the path names.
 
     Raises:
         RequestNotFound: There is none, or it was forgotten.
     """
-    row = await call.gateway.ledger.get(request_id)
+    row = await call.gateway.ledger.get(call.request.path_params["request_id"])
     if row is None or row.endpoint != call.endpoint.id:
         raise RequestNotFound
     return row
@@ -133,12 +142,30 @@ def wants_logs(request: Request) -> bool:
     return request.query_params.get("logs", "").lower() in ("1", "true", "yes")
 
 
-def checked_webhook(url: str | None) -> str | None:
+def queue_limit(request: Request) -> int | None:
+    """How many requests may wait already, if the caller cares.
+
+    Raises:
+        InvalidInput: It is not a number.
+    """
+    text = request.query_params.get("fal_max_queue_length")
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdecimal()):
+        item = detail_item(
+            "int_parsing", "Expected a number of requests", loc=("query", "fal_max_queue_length"), input=text
+        )
+        raise InvalidInput([item])
+    return int(text[:18])
+
+
+def checked_webhook(request: Request) -> str | None:
     """The URL to call when the request is over.
 
     Raises:
         InvalidInput: It is not an http(s) URL.
     """
+    url = request.query_params.get("fal_webhook")
     if url is None:
         return None
     try:
