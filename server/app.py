@@ -25,6 +25,7 @@ from server.hosts import HostRouting
 from server.ledger import Ledger
 from server.ledger.sqlite import LedgerUnavailable
 from server.routes import files, openapi, ops, queue, rest, run
+from server.schemas import ErrorBody
 from server.settings import Settings
 from server.storage import Storage
 from server.tls import ensure_certificates
@@ -59,6 +60,7 @@ def create_app(settings: Settings) -> FastAPI:
         description="A self-hosted inference server for creative image upscaling that speaks fal's HTTP API.",
         lifespan=lifespan,
         redirect_slashes=False,
+        responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
         docs_url=None,
         redoc_url=None,
     )

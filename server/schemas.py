@@ -120,8 +120,21 @@ def result_bytes(row: RequestRow, root: str) -> bytes:
     return text.encode("ascii")
 
 
-class CancelResponse(BaseModel):
-    """The answer to a cancellation."""
+class Fault(BaseModel):
+    """One fault of an input."""
 
-    status: str
-    success: bool
+    loc: list[str | int]
+    msg: str
+    type: str
+    url: str | None = None
+    ctx: dict[str, Any] | None = None
+    input: Any = None
+
+
+class ErrorBody(BaseModel):
+    """Every error: a text, or the faults of an input; with fal's word for it where there is one."""
+
+    model_config = ConfigDict(extra="allow")
+
+    detail: str | list[Fault]
+    error_type: str | None = None

@@ -19,7 +19,10 @@ SAFE_HEADERS = {"x-content-type-options": "nosniff", "content-security-policy": 
 router = APIRouter(prefix="/files", tags=["files"])
 
 
-@router.api_route("/{key:path}", methods=["GET", "HEAD"])
+@router.head("/{key:path}", include_in_schema=False)
+@router.get(
+    "/{key:path}", responses={206: {"description": "The part that was asked for"}, 304: {"description": "Known"}}
+)
 async def read_file(request: Request, gateway: GatewayDep, key: str) -> Response:
     """A stored file, or the part of it that `Range` asks for (206); 416 for a part behind its end."""
     found = await gateway.storage.head(key) if is_public(key) else None

@@ -12,13 +12,13 @@ from server.routes.dependencies import GatewayDep
 router = APIRouter(tags=["operation"])
 
 
-@router.api_route("/health", methods=["GET", "HEAD"])
+@router.get("/health")
 async def health() -> Response:
     """200 as long as this process answers."""
     return Response(b'{"status":"ok"}', media_type="application/json")
 
 
-@router.api_route("/ready", methods=["GET", "HEAD"])
+@router.get("/ready")
 async def ready(gateway: GatewayDep) -> Response:
     """200 when some slot can take a request, 503 while none can; says what each slot is and does."""
     is_ready = await gateway.ledger.is_ready()
