@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.acceptance.live import REAL, LiveServer
+from tests.acceptance.live import FAKE, REAL, LiveServer
 
 PHOTO = Path(__file__).parents[1] / "photos" / "clinic.png"
 
@@ -20,6 +20,15 @@ PHOTO = Path(__file__).parents[1] / "photos" / "clinic.png"
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """A server that every test leaves as it found it; it fetches from this machine."""
     server = LiveServer(tmp_path_factory.mktemp("live") / "data", REAL, UPSCALER_FETCH_ALLOW_HOSTS="127.0.0.1")
+    server.start()
+    yield server
+    assert server.stop() == 0
+
+
+@pytest.fixture(scope="session")
+def paced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """A server whose pipeline takes 50 ms per step, whatever the machine: for tests of the wire and of its timing."""
+    server = LiveServer(tmp_path_factory.mktemp("paced") / "data", FAKE, FAKE_STEP_S="0.05")
     server.start()
     yield server
     assert server.stop() == 0

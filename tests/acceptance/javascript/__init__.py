@@ -1,0 +1,1 @@
+"""Programs in JavaScript that use fal's client, and what holds them."""
