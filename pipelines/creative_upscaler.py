@@ -94,7 +94,7 @@ class CreativeUpscaler:
         self, model: StableDiffusion15, vae: AutoencoderKL, prestage: PreStage, *, weights: dict[str, Any]
     ) -> None:
         self.model = model
-        self.vae = TiledVAE(vae.eval())
+        self.vae = TiledVAE(vae.eval(), park_device=torch.device("cpu") if vae.device.type == "cuda" else None)
         self.prestage = prestage
         self.weights = weights
         self.tile_batch = TILE_BATCH[vae.device.type]

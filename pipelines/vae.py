@@ -28,6 +28,10 @@ Program = Generator[tuple[nn.GroupNorm, Tensor], Tensor, Tensor]
 """A tile's way through the network: yields (norm, its input), is sent the normalised tensor, returns the output."""
 
 
+Park = Callable[[Tensor], Tensor]
+"""Puts a tensor where it can wait."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Crop:
     """A tile's own area and the larger area that is computed for it, in the coordinates of the path's input."""
@@ -49,13 +53,17 @@ class Crop:
         return x[..., top:bottom, left:right]
 
 
+RESIDENT_TILES = 4
+"""As many tiles wait on the device itself: about 4 GB for Stable Diffusion's decoder and tiles of 1024 px."""
+
+
 class TiledVAE:
     """`AutoencoderKL` for pictures of any size; equal to the untiled network to round-off.
 
     Args:
         vae: The network; its weights are never changed.
         max_tile_px: Longest side (px) of the area a tile owns. Activations of one tile are on the device at a time.
-        park_device: Where the other tiles' activations wait; `None` keeps them on the VAE's device.
+        park_device: Where the activations of more than `RESIDENT_TILES` tiles wait; `None`: on the VAE's device.
     """
 
     def __init__(self, vae: AutoencoderKL, *, max_tile_px: int = 1024, park_device: torch.device | None = None) -> None:
@@ -91,8 +99,9 @@ class TiledVAE:
         height, width = image.shape[-2:]
         crops = _rows_of_crops(height, width, max_side=self.max_tile_px, halo=_encoder_halo_px(vae), multiple=factor)
         tiles = [crop for row in crops for crop in row]
-        programs = [_down_path(vae, self._pixels(image, crop), self._park) for crop in tiles]
-        features = list(_lockstep(programs, tiles, self._park))
+        park = self._park(len(tiles))
+        programs = [_down_path(vae, self._pixels(image, crop), park) for crop in tiles]
+        features = list(_lockstep(programs, tiles, park))
         rows = [torch.cat([crop.own_part(features.pop(0)) for crop in row], dim=-1) for row in crops]
         whole = torch.cat(rows, dim=-2).to(vae.device)  # (1, C_mid, H / f, W / f)
         encoder = vae.encoder
@@ -119,8 +128,9 @@ class TiledVAE:
             *latents.shape[-2:], max_side=self.max_tile_px // self.scale_factor, halo=_decoder_halo(vae), multiple=1
         )
         tiles = [crop for row in crops for crop in row]
-        programs = [_up_path(vae, _cut(middle, crop.padded), self._park) for crop in tiles]
-        finished = _lockstep(programs, tiles, self._park)
+        park = self._park(len(tiles))
+        programs = [_up_path(vae, _cut(middle, crop.padded), park) for crop in tiles]
+        finished = _lockstep(programs, tiles, park)
         for row in crops:
             band = torch.cat([crop.own_part(next(finished)) for crop in row], dim=-1)
             yield band.float() / 2 + 0.5
@@ -132,8 +142,9 @@ class TiledVAE:
     def _pixels(self, image: Tensor, crop: Crop) -> Tensor:
         return _cut(image, crop.padded).to(self.vae.device, self.vae.dtype) * 2 - 1
 
-    def _park(self, x: Tensor) -> Tensor:
-        return x if self.park_device is None else x.to(self.park_device)
+    def _park(self, num_tiles: int) -> Park:
+        device = self.park_device
+        return (lambda x: x) if device is None or num_tiles <= RESIDENT_TILES else (lambda x: x.to(device))
 
 
 def _cut(x: Tensor, tile: Tile) -> Tensor:
@@ -182,7 +193,7 @@ def _encoder_halo_px(vae: AutoencoderKL) -> int:
     return radius
 
 
-def _resnet(block: Any, x: Tensor, park: Callable[[Tensor], Tensor]) -> Program:
+def _resnet(block: Any, x: Tensor, park: Park) -> Program:
     """`ResnetBlock2D` without time embedding, stopping at its two normalisations."""
     residual = park(x)
     h = yield block.norm1, x
@@ -196,7 +207,7 @@ def _resnet(block: Any, x: Tensor, park: Callable[[Tensor], Tensor]) -> Program:
     return (residual + h) / block.output_scale_factor
 
 
-def _up_path(vae: AutoencoderKL, x: Tensor, park: Callable[[Tensor], Tensor]) -> Program:
+def _up_path(vae: AutoencoderKL, x: Tensor, park: Park) -> Program:
     """The decoder after its middle block."""
     for block in vae.decoder.up_blocks:
         for resnet in block.resnets:
@@ -207,7 +218,7 @@ def _up_path(vae: AutoencoderKL, x: Tensor, park: Callable[[Tensor], Tensor]) ->
     return vae.decoder.conv_out(vae.decoder.conv_act(x))
 
 
-def _down_path(vae: AutoencoderKL, x: Tensor, park: Callable[[Tensor], Tensor]) -> Program:
+def _down_path(vae: AutoencoderKL, x: Tensor, park: Park) -> Program:
     """The encoder before its middle block."""
     x = vae.encoder.conv_in(x)
     for block in vae.encoder.down_blocks:
@@ -218,7 +229,7 @@ def _down_path(vae: AutoencoderKL, x: Tensor, park: Callable[[Tensor], Tensor]) 
     return x
 
 
-def _lockstep(programs: Sequence[Program], crops: Sequence[Crop], park: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+def _lockstep(programs: Sequence[Program], crops: Sequence[Crop], park: Park) -> Iterator[Tensor]:
     """Run all tiles from normalisation to normalisation; yields the outputs in order, each computed when asked for."""
     waiting = []
     for program in programs:
