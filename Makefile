@@ -44,6 +44,7 @@ lint: $(VENV)/.installed-test
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.png
 	$(BIN)/python -m benchmarks.tiling
+	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.quality
 
 train: install

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Iterable, Mapping
 from io import BytesIO
 from pathlib import Path
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import metrics
-from pipelines.creative_upscaler import CreativeUpscaler, Limits, Params
+from pipelines.creative_upscaler import CreativeUpscaler, Limits, Params, Result
 from weights.store import open_store
 
 HELD_OUT = Path(__file__).parent.parent / "tests" / "photos"
@@ -64,17 +63,13 @@ def photographs(folders: Iterable[Path]) -> dict[str, Image.Image]:
     return {name: image.crop((0, 0, image.width // 2 * 2, image.height // 2 * 2)) for name, image in pictures.items()}
 
 
-def upscale(
-    pipeline: CreativeUpscaler, image: Image.Image, **changes: Any
-) -> tuple[Image.Image, dict[str, Any], float]:
-    """Upscale with the endpoint's defaults but for `changes`; returns the picture, its recipe and the seconds taken."""
+def run(pipeline: CreativeUpscaler, image: Image.Image, **changes: Any) -> tuple[Image.Image, Result]:
+    """Upscale with the endpoint's defaults but for `changes`; returns the picture and what is told of it."""
     source, output = BytesIO(), BytesIO()
     image.save(source, format="PNG", compress_level=1)
-    started = time.perf_counter()
-    result = pipeline(
-        source.getvalue(), Params(**(DEFAULTS | changes)), limits=UNLIMITED, output=output, progress=lambda report: None
-    )
-    return Image.open(output).convert("RGB"), result.recipe, time.perf_counter() - started
+    params = Params(**(DEFAULTS | changes))
+    result = pipeline(source.getvalue(), params, limits=UNLIMITED, output=output, progress=lambda report: None)
+    return Image.open(output).convert("RGB"), result
 
 
 def borders(recipe: Mapping[str, Any]) -> tuple[list[int], list[int]]:
@@ -102,7 +97,7 @@ def measure(original: Image.Image, result: Image.Image, recipe: Mapping[str, Any
 
 def flat_noise(pipeline: CreativeUpscaler, level: int, strength: float) -> float:
     """Standard deviation (1/255) of what a flat picture of one grey level becomes."""
-    result, _, _ = upscale(pipeline, Image.new("RGB", (192, 192), (level,) * 3), strength=strength)
+    result, _ = run(pipeline, Image.new("RGB", (192, 192), (level,) * 3), strength=strength)
     return float(np.asarray(result, dtype=np.float64).std(axis=(0, 1)).max())
 
 
@@ -121,8 +116,9 @@ def main() -> None:
         rows = []
         for name, original in photographs(arguments.folders).items():
             source = metrics.area_reduced(original, (original.width // 2, original.height // 2))
-            result, recipe, seconds = upscale(pipeline, source, strength=strength)
-            figures = measure(original, result, recipe) | {"s / MP": seconds / (result.width * result.height / 1e6)}
+            result, told = run(pipeline, source, strength=strength)
+            megapixels = result.width * result.height / 1e6
+            figures = measure(original, result, told.recipe) | {"s / MP": told.timings["inference"] / megapixels}
             rows.append(figures)
             if arguments.per_picture:
                 table.add_row(f"{strength:g}", name, *(f"{figures[key]:.2f}" for key in names))

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks import metrics
-from benchmarks.quality import HELD_OUT, upscale
+from benchmarks.quality import HELD_OUT, run
 from pipelines.creative_upscaler import CreativeUpscaler
 from weights.store import open_store
 
@@ -41,7 +41,7 @@ def main() -> None:
     original = original.crop((0, 0, original.width // 2 * 2, original.height // 2 * 2))
     source = metrics.area_reduced(original, (original.width // 2, original.height // 2))
     pipeline = CreativeUpscaler.load(open_store("pocket", root=Path(), has_cuda=False), device="cpu")
-    result, _, _ = upscale(pipeline, source, strength=arguments.creativity)
+    result, _ = run(pipeline, source, strength=arguments.creativity)
     box = (arguments.left, arguments.top, arguments.left + PIECE_PX, arguments.top + PIECE_PX)
     views = {
         "input": source.resize(original.size, Image.Resampling.NEAREST),
