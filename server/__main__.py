@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import io
 import ipaddress
 import logging
 import os
 import shlex
 import signal
+import socket
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, TextIO
 from urllib.parse import urlsplit
 
 import structlog
@@ -108,8 +111,26 @@ def configure_logging(settings: Settings) -> None:
             structlog.dev.ConsoleRenderer() if is_terminal else structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[settings.log_level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(LogStream(sys.stderr)),
     )
+
+
+class LogStream(io.TextIOBase):
+    """A stream whose reader may go away: a lost log line must not take a role with it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write if somebody still reads."""
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush if somebody still reads."""
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
 
 
 # -- serve and its roles ---------------------------------------------------------------------------------------------
@@ -147,6 +168,7 @@ def serve(
     gpus = detect_gpus()
     open_store(settings.weights, root=settings.full_weights_dir, has_cuda=bool(gpus))
     with sole_owner(settings):
+        check_ports(settings)
         supervisor = Supervisor(settings, plan_roles(settings, plan_slots(settings, gpus)))
         status = asyncio.run(supervisor.run())
     raise typer.Exit(status)
@@ -160,6 +182,22 @@ def refuse_open_door(settings: Settings) -> None:
         f"{settings.host} can be reached by others and no key is set. Set UPSCALER_API_KEYS to one or more keys, or "
         "pass --allow-unauthenticated to let everybody in."
     )
+
+
+def check_ports(settings: Settings, patience_s: float = 5.0) -> None:
+    """Raise unless the ports are free; those of a server that was just killed are, a moment later."""
+    deadline = time.monotonic() + patience_s
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    for port in filter(None, (settings.port, settings.tls_port, settings.fal_proxy_port)):
+        while True:
+            try:
+                socket.create_server((settings.host, port), family=family).close()
+                break
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    message = f"Cannot listen on {settings.host} port {port}: {error.strerror}. Choose another port."
+                    raise CommandFailed(message) from error
+            time.sleep(0.1)
 
 
 def is_loopback(host: str) -> bool:

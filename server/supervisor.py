@@ -165,12 +165,20 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
         keepers = {role.name: asyncio.create_task(self._keep(role, line)) for role in self._roles}
-        await self._stopping.wait()
+        # A keeper that fails cannot restart its role any more; half a server is worse than none.
+        await asyncio.wait(
+            [asyncio.create_task(self._stopping.wait()), *keepers.values()], return_when="FIRST_COMPLETED"
+        )
+        self._stopping.set()
+        failures = [task.exception() for task in keepers.values() if task.done() and not task.cancelled()]
         for role in self._roles:
             await self._stop(role, keepers[role.name])
         server_file(self._settings).unlink(missing_ok=True)
         for end in line:
             os.close(end)
+        for failure in failures:
+            if failure is not None:
+                raise failure
         return self._status
 
     async def _keep(self, role: Role, line: lifeline.Lifeline) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import shlex
+import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,15 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from server import __main__ as command_line
-from server.__main__ import CommandFailed, build_app, client_environment, is_loopback, refuse_open_door
+from server.__main__ import (
+    CommandFailed,
+    LogStream,
+    build_app,
+    check_ports,
+    client_environment,
+    is_loopback,
+    refuse_open_door,
+)
 from server.demo import exports
 from server.settings import Settings
 from tests.server.fake_pipeline import PIPELINES
@@ -102,6 +113,30 @@ def test_serve_refuses_an_open_door(tmp_path: Path) -> None:
     refuse_open_door(Settings(data=tmp_path, host="localhost"))
 
 
+def test_serve_names_a_port_that_is_taken(tmp_path: Path) -> None:
+    """A port that somebody else listens on is an error with a way out, not a server that restarts for ever."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        settings = Settings(data=tmp_path, port=taken.getsockname()[1], tls_port=0)
+
+        with pytest.raises(CommandFailed, match="Choose another port"):
+            check_ports(settings, patience_s=0.2)
+
+    check_ports(settings)
+
+
+def test_a_log_that_nobody_reads_breaks_nothing() -> None:
+    """The reader of a role's log may end; the role goes on."""
+    stream = io.StringIO()
+    log = LogStream(stream)
+    log.write("heard")
+    assert stream.getvalue() == "heard"
+
+    stream.close()
+
+    log.write("not heard")
+    log.flush()
+
+
 @pytest.mark.parametrize(
     ("host", "expected"),
     [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("gpu", False)],
@@ -133,8 +168,9 @@ def test_run_hands_over_every_parameter(tmp_path: Path, settings: Settings, monk
     from weights import store
 
     monkeypatch.setattr(store, "CREATIVE_UPSCALER_FILES", ())
-    monkeypatch.setattr(slot, "PIPELINES", PIPELINES)
+    monkeypatch.setattr(slot, "LocalRun", partial(slot.LocalRun, pipelines=PIPELINES))
     monkeypatch.setattr(command_line, "detect_gpus", list)
+    monkeypatch.setattr(command_line, "configure_logging", lambda settings: None)
     source, output = tmp_path / "in.png", tmp_path / "out.png"
     Image.new("RGB", (20, 10), "teal").save(source)
     options = ["--scale", "3", "--creativity", "0.2", "--seed", "7", "--num_inference_steps", "2", "--skip_ccsr"]

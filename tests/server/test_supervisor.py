@@ -94,6 +94,15 @@ def test_a_role_that_cannot_be_helped_ends_the_server(settings: Settings, tmp_pa
     assert status == CONFIGURATION_ERROR
 
 
+def test_a_supervisor_that_cannot_restart_a_role_ends(settings: Settings, tmp_path: Path) -> None:
+    """A role whose program does not exist takes the server down with its error, instead of a server without it."""
+    settings.make_folders()
+    impossible = Role(name="b", argv=[str(tmp_path / "no such program")])
+
+    with pytest.raises(FileNotFoundError):
+        asyncio.run(Supervisor(settings, [sleeper("a", tmp_path / "diary"), impossible]).run())
+
+
 def test_the_roles_die_with_a_killed_supervisor(settings: Settings, tmp_path: Path) -> None:
     """SIGKILL leaves no time to stop anybody; the lifeline does."""
     program = f"""
