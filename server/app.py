@@ -27,7 +27,7 @@ from server.ledger.sqlite import LedgerUnavailable
 from server.routes import files, openapi, ops, queue, rest, run
 from server.schemas import ErrorBody
 from server.settings import Settings
-from server.storage import Storage
+from server.storage import Storage, StorageUnavailable
 from server.tls import ensure_certificates
 from server.uploads import Uploads
 from server.wakeup import Bell
@@ -67,7 +67,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.settings = settings
     for router in (queue.router, run.router, rest.router, files.router, openapi.router, ops.router):
         app.include_router(router)
-    for kind in (GatewayError, InvalidInput, LedgerUnavailable):
+    for kind in (GatewayError, InvalidInput, LedgerUnavailable, StorageUnavailable):
         app.add_exception_handler(kind, answer_known)
     app.add_exception_handler(HTTPException, answer_http)
     app.add_exception_handler(RequestValidationError, answer_parameters)

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from server.ledger.sqlite import LedgerUnavailable
 from server.ledger.states import Outcome
+from server.storage import StorageUnavailable
 
 DOCS = "https://docs.fal.ai/errors#"
 MAX_ECHO = 1000  # characters of a faulty value that are sent back
@@ -223,6 +224,7 @@ ANSWERS: Mapping[type[Exception], Answer] = {
     BadRequest: Answer(status=400, error_type="bad_request"),
     RangeNotSatisfiable: Answer(status=416),
     LedgerUnavailable: Answer(status=503, error_type="internal_error", headers={"Retry-After": "5"}),
+    StorageUnavailable: Answer(status=503, error_type="internal_error", headers={"Retry-After": "5"}),
 }
 INTERNAL = Answer(status=500, error_type="internal_error")
 
@@ -234,8 +236,8 @@ def answer_to(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
         return outcome.status, outcome.body, dict(outcome.headers)
     answer = next((ANSWERS[kind] for kind in type(error).__mro__ if kind in ANSWERS), INTERNAL)
     detail = "Internal Server Error" if answer is INTERNAL else str(error)
-    if isinstance(error, LedgerUnavailable):
-        detail = "The request could not be recorded; try again."
+    if isinstance(error, (LedgerUnavailable, StorageUnavailable)):
+        detail = "The request could not be recorded; try again later."
     body: dict[str, Any] = {"detail": detail}
     headers = dict(answer.headers)
     if isinstance(error, RequestNotFound):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
 from server.auth import Keyring, Tickets
-from server.ledger import CancelAnswer, Ledger, RequestRow
+from server.ledger import Blob, CancelAnswer, Ledger, RequestRow
 from server.settings import Settings
-from server.storage import Storage
+from server.storage import Storage, input_key
 from server.uploads import Uploads
 from server.wakeup import Bell, ring
 
+ADMISSION_S = 3600.0
 POLL_S = 0.5  # a bell that was missed delays no longer than this
 
 
@@ -35,6 +37,15 @@ class Gateway:
         task = asyncio.get_running_loop().create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
+
+    async def store_input(self, data: bytes) -> str:
+        """Store an input under the name of its content; returns the key."""
+        key = await asyncio.to_thread(input_key, data)
+        # Held before it is there and before its request is: whatever happens next, the sweep finds it in its time.
+        await self.ledger.hold_blob(Blob(key, "admission", time.time() + ADMISSION_S))
+        if await self.storage.head(key) is None:
+            await self.storage.put_bytes(key, data)
+        return key
 
     async def cancel(self, request_id: str) -> CancelAnswer:
         """Cancel a request and tell the dispatcher."""

@@ -18,6 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from obstore.exceptions import BaseError as ObstoreError
 from obstore.store import LocalStore, ObjectStore, from_url
 
 from server.settings import Settings
@@ -46,6 +47,10 @@ CONTENT_TYPES = {
     ".json": "application/json",
     ".safetensors": "application/octet-stream",
 }
+
+
+class StorageUnavailable(Exception):
+    """The store cannot take a file at the moment: no room, no permission, no connection."""
 
 
 class InvalidKey(ValueError):
@@ -134,19 +139,12 @@ class Storage:
         return cls(LocalStore(settings.files_dir, mkdir=True, automatic_cleanup=False), settings.files_dir)
 
     async def put_bytes(self, key: str, data: bytes) -> None:
-        """Store these bytes."""
+        """Store these bytes; raises StorageUnavailable."""
         await asyncio.to_thread(self._put, _checked(key), data)
 
     async def put_file(self, key: str, path: Path) -> None:
-        """Store a copy of a file."""
+        """Store a copy of a file; raises StorageUnavailable."""
         await asyncio.to_thread(self._put, _checked(key), path)
-
-    async def put_input(self, data: bytes) -> str:
-        """Store an input under the name of its content; returns the key."""
-        key = await asyncio.to_thread(input_key, data)
-        if await self.head(key) is None:
-            await self.put_bytes(key, data)
-        return key
 
     async def head(self, key: str) -> Found | None:
         """What is known of a file; None when there is none, or when the text cannot be a key."""
@@ -187,11 +185,14 @@ class Storage:
         self._put(_checked(key), path)
 
     def _put(self, key: str, source: bytes | Path) -> None:
-        self._store.put(key, source)
-        if self._root is not None:
-            # A request is recorded as done after this call: its file must survive what the record survives.
-            _flush(self._root / key)
-            _flush((self._root / key).parent)
+        try:
+            self._store.put(key, source)
+            if self._root is not None:
+                # A request is recorded as done after this call: its file must survive what the record survives.
+                _flush(self._root / key)
+                _flush((self._root / key).parent)
+        except (OSError, ObstoreError) as error:
+            raise StorageUnavailable(str(error)) from error
 
 
 def _checked(key: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from server.errors import BadRequest, BodyTooLarge
 from server.ledger import Blob, Ledger
-from server.storage import Storage, content_type_of, suffix_of, upload_key
+from server.storage import Storage, StorageUnavailable, content_type_of, suffix_of, upload_key
 
 HOLDER = "upload"
 WRITE_BYTES = 2**20
@@ -111,7 +111,10 @@ class Uploads:
                 size += len(block)
                 if size > self._max_bytes:
                     raise BodyTooLarge(self._max_bytes)
-                await asyncio.to_thread(_write_block, file, block, digest)
+                try:
+                    await asyncio.to_thread(_write_block, file, block, digest)
+                except OSError as error:
+                    raise StorageUnavailable(str(error)) from error
         return digest.hexdigest()[:32]
 
     @contextlib.contextmanager

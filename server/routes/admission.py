@@ -110,7 +110,7 @@ async def place_image(gateway: Gateway, image_url: str, base: Base) -> str:
             raise _bad_image("file_too_large", str(error), image_url, {"max_size": error.max_bytes}) from error
         except MalformedDataURI as error:
             raise _bad_image("image_load_error", str(error), image_url) from error
-        return BLOB + await gateway.storage.put_input(data)
+        return BLOB + await gateway.store_input(data)
     key = own_key(image_url, _own_hosts(gateway, base))
     if key is None:
         return image_url

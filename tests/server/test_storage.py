@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 from server.settings import Settings
-from server.storage import InvalidKey, Storage, input_key, is_public, output_key, safe_name, suffix_of, upload_key
+from server.storage import (
+    InvalidKey,
+    Storage,
+    StorageUnavailable,
+    input_key,
+    is_public,
+    output_key,
+    safe_name,
+    suffix_of,
+    upload_key,
+)
 
 
 async def read(storage: Storage, key: str, start: int = 0, end: int | None = None) -> bytes:
@@ -48,13 +58,13 @@ def test_files_are_described_and_deleted(settings: Settings, tmp_path: Path) -> 
     assert asyncio.run(story()) == (5, "image/webp", None)
 
 
-def test_equal_inputs_are_stored_once(settings: Settings) -> None:
-    """Inputs are named by their content."""
+def test_a_store_without_room_says_so(settings: Settings) -> None:
+    """Callers learn that it is for now, not their fault."""
     storage = Storage.open(settings)
+    (settings.files_dir / "out").write_text("in the way")
 
-    keys = {asyncio.run(storage.put_input(b"same")) for _ in range(2)}
-
-    assert keys == {input_key(b"same")}
+    with pytest.raises(StorageUnavailable):
+        asyncio.run(storage.put_bytes("out/ab/x.png", b"x"))
 
 
 @pytest.mark.parametrize(

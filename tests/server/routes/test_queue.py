@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 from starlette.testclient import TestClient
@@ -209,6 +210,7 @@ def test_data_uris_are_stored_and_not_queued(client: TestClient, slot: FakeSlot,
 
     assert row.job is not None and row.job["image"].startswith("blob:in/") and len(row.job_json or "") < 2000
     assert Storage.open(app_settings).read(row.job["image"].removeprefix("blob:")) == b"picture" * 1000
+    assert slot.row(submit(client, {"image_url": uri})).job == row.job | {"params": ANY}
 
 
 def test_files_of_ours_are_read_from_the_store(client: TestClient, slot: FakeSlot, app_settings: Settings) -> None:
