@@ -14,11 +14,21 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from server.auth import Keyring, Tickets
 from server.envelope import Envelope
-from server.errors import GatewayError, InvalidInput, MethodNotAllowed, PathNotFound, answer_to, detail_item, to_json
+from server.errors import (
+    ClientDisconnected,
+    GatewayError,
+    InvalidInput,
+    MethodNotAllowed,
+    PathNotFound,
+    answer_to,
+    detail_item,
+    to_json,
+)
 from server.fal_proxy import fal_proxy
 from server.gateway import Gateway
 from server.hosts import HostRouting
@@ -69,6 +79,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(router)
     for kind in (GatewayError, InvalidInput, LedgerUnavailable, StorageUnavailable):
         app.add_exception_handler(kind, answer_known)
+    app.add_exception_handler(ClientDisconnect, answer_nobody)
     app.add_exception_handler(HTTPException, answer_http)
     app.add_exception_handler(RequestValidationError, answer_parameters)
     app.add_exception_handler(Exception, answer_unknown)
@@ -101,6 +112,11 @@ async def answer_known(request: Request, error: Exception) -> Response:
     """One of our exceptions in fal's words."""
     status, body, headers = answer_to(error)
     return Response(to_json(body), status, headers, media_type="application/json")
+
+
+async def answer_nobody(request: Request, error: Exception) -> Response:
+    """The client hung up in the middle of its body; nobody reads this."""
+    return await answer_known(request, ClientDisconnected())
 
 
 async def answer_http(request: Request, error: Exception) -> Response:

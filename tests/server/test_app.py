@@ -110,6 +110,20 @@ def test_a_body_that_is_too_large_gets_its_answer(served: Settings) -> None:
     assert announced.json()["error_type"] == "bad_request"
 
 
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_fault_of_ours(
+    served: Settings, slot: FakeSlot, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is queued, nothing is logged as an error, and the next one is served."""
+    with running(served):
+        with socket.create_connection(("127.0.0.1", served.port)) as connection:
+            connection.sendall(f"POST /queue{APP} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhalf".encode())
+        with httpx2.Client(trust_env=False) as client:
+            answer = client.get(f"http://127.0.0.1:{served.port}/health")
+
+    assert answer.status_code == 200 and asyncio.run(slot.ledger.num_queued()) == 0
+    assert "error" not in "".join(capfd.readouterr())
+
+
 def test_the_gateway_never_loads_torch() -> None:
     """It starts in about a second because it knows nothing of pictures."""
     code = (
