@@ -27,13 +27,14 @@ class LiveServer:
 
     def __init__(self, data: Path, program: tuple[str, ...], **environment: str) -> None:
         self.data = data
-        self.port, self.tls_port = free_ports(2)
+        self.port, self.tls_port, self.fal_proxy_port = free_ports(3)
         self._program = program
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("UPSCALER_", "FAL_"))}
         self._environment = clean | {
             "UPSCALER_DATA": str(data),
             "UPSCALER_PORT": str(self.port),
             "UPSCALER_TLS_PORT": str(self.tls_port),
+            "UPSCALER_FAL_PROXY_PORT": str(self.fal_proxy_port),
             "UPSCALER_WEIGHTS": "pocket",
             "CUDA_VISIBLE_DEVICES": "",
             **environment,
@@ -95,18 +96,28 @@ class LiveServer:
     @functools.cached_property
     def client_environment(self) -> dict[str, str]:
         """What `creative-upscaler env` prints, on top of an environment that knows nothing of this server."""
-        command = [sys.executable, "-m", "server", "env", "--data", str(self.data)]
+        return self._printed_environment()
+
+    @functools.cached_property
+    def proxied_environment(self) -> dict[str, str]:
+        """What `creative-upscaler env --fal-proxy` prints, likewise."""
+        return self._printed_environment("--fal-proxy")
+
+    def _printed_environment(self, *options: str) -> dict[str, str]:
+        command = [sys.executable, "-m", "server", "env", "--data", str(self.data), *options]
         printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=self._environment)
         return {"PATH": os.environ["PATH"]} | exports(printed.stdout)
 
-    def client(self, *arguments: str) -> subprocess.Popen[str]:
-        """Start `client.py` in a process of its own."""
+    def client(
+        self, *arguments: str, program: str = "client.py", environment: dict[str, str] | None = None
+    ) -> subprocess.Popen[str]:
+        """Start `client.py`, or another program beside it, in a process of its own."""
         return subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("client.py")), *arguments],
+            [sys.executable, str(Path(__file__).with_name(program)), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=self.client_environment,
+            env=environment or self.client_environment,
         )
 
     def get(self, path: str) -> httpx2.Response:
