@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -12,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from server.ledger.states import LogRow, RequestRow, State
 
 BLOB = "blob:"
+BLOB_STRING = re.compile(rf'(?<!\\)"{BLOB}')
+"""In JSON, the beginning of a string that names a file of ours; a quote inside a string is escaped."""
+
 LEVELS = {"DEBUG", "INFO", "WARN", "ERROR", "STDOUT", "STDERR"}
 
 
@@ -114,9 +118,9 @@ def with_urls(body: Any, root: str) -> Any:
 def result_bytes(row: RequestRow, root: str) -> bytes:
     """The body of a completed request as the model gave it, its files as URLs."""
     text = row.outcome_json or "{}"
-    if row.outcome_status == 200 and f'"{BLOB}' in text:
-        # The stored JSON is compact, so that a file is exactly the string that begins with the marker.
-        return text.replace(f'"{BLOB}', json.dumps(file_url(root, ""))[:-1]).encode("ascii")
+    if row.outcome_status == 200:
+        url = json.dumps(file_url(root, ""))[:-1]
+        text = BLOB_STRING.sub(lambda _: url, text)
     return text.encode("ascii")
 
 

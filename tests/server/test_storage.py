@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from obstore.store import MemoryStore
 
 from server.settings import Settings
 from server.storage import (
@@ -26,9 +27,11 @@ async def read(storage: Storage, key: str, start: int = 0, end: int | None = Non
     return b"".join([chunk async for chunk in storage.stream(key, start, end)])
 
 
-def test_bytes_come_back_whole_and_in_parts(settings: Settings) -> None:
-    """What was stored is read again, from any byte to any byte."""
-    storage, data = Storage.open(settings), bytes(range(256)) * 4096
+@pytest.mark.parametrize("kind", ["folder", "bucket"])
+def test_bytes_come_back_whole_and_in_parts(settings: Settings, kind: str) -> None:
+    """What was stored is read again, from any byte to any byte, whatever the store."""
+    storage = Storage.open(settings) if kind == "folder" else Storage(MemoryStore())
+    data = bytes(range(256)) * 4096
 
     async def story() -> list[bytes]:
         await storage.put_bytes("out/ab/x.png", data)
