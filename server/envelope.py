@@ -55,7 +55,6 @@ def _as_get(scope: Scope) -> Scope:
 async def _answer_options(scope: Scope, send: Send) -> None:
     asked = next((value for name, value in scope["headers"] if name == b"access-control-request-headers"), b"*")
     headers = [
-        (b"allow", ALLOWED_METHODS),
         (b"access-control-allow-methods", ALLOWED_METHODS),
         (b"access-control-allow-headers", asked),
         (b"access-control-allow-private-network", b"true"),

@@ -93,15 +93,6 @@ def _token_holder(gateway: Gateway, token: str, owner: str, alias: str) -> str:
     return str(facts["caller"])
 
 
-def _parameter(name: str) -> dict[str, Any]:
-    return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-
-
-ENDPOINT_PATH = {"parameters": [_parameter("owner"), _parameter("alias")]}
-REQUEST_PATH = {"parameters": [*ENDPOINT_PATH["parameters"], _parameter("request_id")]}
-"""What the routes that read their path themselves say of it in the server's own OpenAPI document."""
-
-
 CallDep = Annotated[Call, Depends(get_call)]
 
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from server.endpoints import ENDPOINTS, Endpoint
 from server.errors import to_json
+from server.routes.declared import IS_DOCUMENT
 from server.routes.dependencies import BaseDep
 
 router = APIRouter(tags=["openapi"])
@@ -36,7 +37,7 @@ REQUEST_ID = {
 }
 
 
-@router.get("/api/openapi/queue/openapi.json")
+@router.get("/api/openapi/queue/openapi.json", responses=IS_DOCUMENT)
 async def openapi(base: BaseDep, endpoint_id: str = "") -> Response:
     """The queue's OpenAPI document for an endpoint; 404 with `null` for an unknown one, as fal answers."""
     endpoint = ENDPOINTS.get(endpoint_id)

@@ -7,18 +7,19 @@ from fastapi.responses import Response
 
 from server.errors import to_json
 from server.ledger import SlotRow
+from server.routes.declared import IS_READY, answers, texts
 from server.routes.dependencies import GatewayDep
 
 router = APIRouter(tags=["operation"])
 
 
-@router.get("/health")
+@router.get("/health", responses=answers(texts("status")))
 async def health() -> Response:
     """200 as long as this process answers."""
     return Response(b'{"status":"ok"}', media_type="application/json")
 
 
-@router.get("/ready")
+@router.get("/ready", responses=IS_READY)
 async def ready(gateway: GatewayDep) -> Response:
     """200 when some slot can take a request, 503 while none can; says what each slot is and does."""
     is_ready = await gateway.ledger.is_ready()

@@ -17,26 +17,28 @@ from server.errors import InvalidInput, PathNotFound, QueueFull, RequestNotFound
 from server.gateway import POLL_S, Gateway
 from server.ledger import LogRow, RequestRow
 from server.routes.admission import admit
-from server.routes.dependencies import ENDPOINT_PATH, REQUEST_PATH, Call, CallDep, get_call, read_payload
+from server.routes.declared import (
+    IS_CANCELLED,
+    IS_EVENTS,
+    IS_OUTPUT,
+    IS_STATUS,
+    IS_SUBMITTED,
+    JSON,
+    REQUEST,
+    STATUS,
+    SUBMIT,
+)
+from server.routes.dependencies import Call, CallDep, get_call, read_payload
 from server.schemas import Base, result_bytes, status_body, submitted
 
-JSON = "application/json"
 KEEP_ALIVE_S = 15.0
-SUBMIT_PATH: dict[str, Any] = {
-    "parameters": [
-        *ENDPOINT_PATH["parameters"],
-        {"name": "fal_webhook", "in": "query", "schema": {"type": "string"}},
-        {"name": "fal_max_queue_length", "in": "query", "schema": {"type": "integer", "minimum": 0}},
-    ],
-    "requestBody": {"content": {JSON: {"schema": {"type": "object"}}}},
-}
 CANCEL_STATUS = {"OK": 200, "CANCELLATION_REQUESTED": 202, "ALREADY_COMPLETED": 400, "NOT_FOUND": 404}
 
 router = APIRouter(prefix="/queue", tags=["queue"])
 log = structlog.get_logger()
 
 
-@router.post("/{owner}/{alias}", openapi_extra=SUBMIT_PATH)
+@router.post("/{owner}/{alias}", openapi_extra=SUBMIT, responses=IS_SUBMITTED)
 async def submit(request: Request) -> Response:
     """Queue a request and return its id and URLs.
 
@@ -59,7 +61,7 @@ async def submit(request: Request) -> Response:
     )
 
 
-@router.get("/{owner}/{alias}/requests/{request_id}/status", openapi_extra=REQUEST_PATH)
+@router.get("/{owner}/{alias}/requests/{request_id}/status", openapi_extra=STATUS, responses=IS_STATUS)
 async def status(request: Request) -> Response:
     """Where a request stands: 202 while it waits or runs, 200 when it is over; with its log if `logs` is true."""
     call = await get_call(request)
@@ -73,7 +75,12 @@ async def status(request: Request) -> Response:
     )
 
 
-@router.get("/{owner}/{alias}/requests/{request_id}/status/stream", openapi_extra=REQUEST_PATH)
+@router.get(
+    "/{owner}/{alias}/requests/{request_id}/status/stream",
+    openapi_extra=STATUS,
+    responses=IS_EVENTS,
+    response_class=StreamingResponse,
+)
 async def status_stream(request: Request) -> Response:
     """The status as server-sent events, one per change; each carries only new log lines. Ends when the request does."""
     call = await get_call(request)
@@ -85,7 +92,7 @@ async def status_stream(request: Request) -> Response:
     )
 
 
-@router.get("/{owner}/{alias}/requests/{request_id}", openapi_extra=REQUEST_PATH)
+@router.get("/{owner}/{alias}/requests/{request_id}", openapi_extra=REQUEST, responses=IS_OUTPUT)
 async def result(request: Request) -> Response:
     """What the model answered, its status and headers included; 400 while the request is not over."""
     call = await get_call(request)
@@ -95,7 +102,7 @@ async def result(request: Request) -> Response:
     return result_response(row, call.base)
 
 
-@router.put("/{owner}/{alias}/requests/{request_id}/cancel", openapi_extra=REQUEST_PATH)
+@router.put("/{owner}/{alias}/requests/{request_id}/cancel", openapi_extra=REQUEST, responses=IS_CANCELLED)
 async def cancel(request: Request) -> Response:
     """Cancel a request: 200 if it waited, 202 if it runs and will stop at its next step, 400 if it is over."""
     call = await get_call(request)

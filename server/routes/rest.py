@@ -17,6 +17,7 @@ from server.auth import presented_key
 from server.errors import BadRequest, InvalidCredentials, InvalidInput, detail_item, to_json
 from server.gateway import Gateway
 from server.routes.admission import lifecycle_s
+from server.routes.declared import FILE, FILE_NAME, IS_KEY_SET, IS_PART, PARTS, TOKEN, answers, texts
 from server.routes.dependencies import BaseDep, Caller, GatewayDep, parse_json, read_body
 from server.schemas import file_url
 from server.uploads import new_upload_id, place_upload
@@ -34,8 +35,10 @@ router = APIRouter(tags=["rest"])
 # -- by a URL that is asked for first (JavaScript, and Python's fallback) --------------------------------------------
 
 
-@router.post("/storage/upload/initiate")
-@router.post("/storage/upload/initiate-multipart")
+@router.post("/storage/upload/initiate", openapi_extra=FILE_NAME, responses=answers(texts("upload_url", "file_url")))
+@router.post(
+    "/storage/upload/initiate-multipart", openapi_extra=FILE_NAME, responses=answers(texts("upload_url", "file_url"))
+)
 async def initiate(request: Request, gateway: GatewayDep, base: BaseDep, caller: Caller) -> Response:
     """Where to put a file, in one piece or in numbered parts, and where it will be read."""
     payload = await _json(request)
@@ -47,7 +50,7 @@ async def initiate(request: Request, gateway: GatewayDep, base: BaseDep, caller:
     return _answer({"upload_url": upload_url, "file_url": file_url(base.root, key)})
 
 
-@router.put("/storage/upload/{location}")
+@router.put("/storage/upload/{location}", openapi_extra=FILE, responses=answers(texts("file_url")))
 async def put_upload(
     request: Request, gateway: GatewayDep, base: BaseDep, location: str, signature: str = ""
 ) -> Response:
@@ -57,7 +60,7 @@ async def put_upload(
     return _answer({"file_url": file_url(base.root, facts["key"])})
 
 
-@router.post("/storage/upload/{location}/complete")
+@router.post("/storage/upload/{location}/complete", openapi_extra=PARTS, responses=answers(texts("file_url")))
 async def complete_upload(
     request: Request, gateway: GatewayDep, base: BaseDep, location: str, signature: str = ""
 ) -> Response:
@@ -65,7 +68,7 @@ async def complete_upload(
     return await _complete(request, gateway, base.root, f"{location}.{signature}")
 
 
-@router.put("/storage/upload/{location}/{number}")
+@router.put("/storage/upload/{location}/{number:int}", openapi_extra=FILE, responses=IS_PART)
 async def put_upload_part(
     request: Request, gateway: GatewayDep, location: str, number: int, signature: str = ""
 ) -> Response:
@@ -73,7 +76,7 @@ async def put_upload_part(
     return await _put_part(request, gateway, f"{location}.{signature}", number)
 
 
-@router.post("/storage/upload/{location}/{number}")
+@router.post("/storage/upload/{location}/{number:int}", responses=answers(texts("upload_url")))
 async def part_url(gateway: GatewayDep, base: BaseDep, location: str, number: int, signature: str = "") -> Response:
     """The URL to put a part to, for clients that ask for each."""
     gateway.tickets.read("upload", f"{location}.{signature}")
@@ -83,7 +86,7 @@ async def part_url(gateway: GatewayDep, base: BaseDep, location: str, number: in
 # -- to the file host (Python) ---------------------------------------------------------------------------------------
 
 
-@router.post("/storage/auth/token")
+@router.post("/storage/auth/token", responses=answers(texts("token", "token_type", "base_url", "expires_at")))
 async def cdn_token(gateway: GatewayDep, base: BaseDep, caller: Caller) -> Response:
     """A token for uploads to the file host, good for an hour."""
     # With an offset: Python's client compares it with an aware time, and before 3.11 it cannot read a Z.
@@ -98,7 +101,7 @@ async def cdn_token(gateway: GatewayDep, base: BaseDep, caller: Caller) -> Respo
     )
 
 
-@router.post("/files/upload")
+@router.post("/files/upload", openapi_extra=FILE, responses=answers(texts("access_url")))
 async def upload(request: Request, gateway: GatewayDep, base: BaseDep) -> Response:
     """Take a file in one piece."""
     _check_uploader(request, gateway)
@@ -107,7 +110,7 @@ async def upload(request: Request, gateway: GatewayDep, base: BaseDep) -> Respon
     return _answer({"access_url": file_url(base.root, key)})
 
 
-@router.post("/files/upload/multipart")
+@router.post("/files/upload/multipart", responses=answers(texts("access_url", "uploadId")))
 async def begin_multipart(request: Request, gateway: GatewayDep, base: BaseDep) -> Response:
     """Begin an upload in parts; they are put below the file's own URL."""
     _check_uploader(request, gateway)
@@ -116,13 +119,15 @@ async def begin_multipart(request: Request, gateway: GatewayDep, base: BaseDep) 
     return _answer({"access_url": file_url(base.root, key), "uploadId": _ticket(gateway, key, request)})
 
 
-@router.put("/files/{key:path}/multipart/{upload_id}/{number}")
+@router.put("/files/{key:path}/multipart/{upload_id}/{number:int}", openapi_extra=FILE, responses=IS_PART)
 async def put_part(request: Request, gateway: GatewayDep, key: str, upload_id: str, number: int) -> Response:
     """Take one part, in any order and next to others."""
     return await _put_part(request, gateway, upload_id, number)
 
 
-@router.post("/files/{key:path}/multipart/{upload_id}/complete")
+@router.post(
+    "/files/{key:path}/multipart/{upload_id}/complete", openapi_extra=PARTS, responses=answers(texts("access_url"))
+)
 async def complete_multipart(
     request: Request, gateway: GatewayDep, base: BaseDep, key: str, upload_id: str
 ) -> Response:
@@ -133,7 +138,7 @@ async def complete_multipart(
 # -- tokens and keys -------------------------------------------------------------------------------------------------
 
 
-@router.post("/tokens")
+@router.post("/tokens", openapi_extra=TOKEN, responses=answers({"type": "string"}))
 async def token(request: Request, gateway: GatewayDep, caller: Caller) -> Response:
     """A short-lived token for pages that must not know the key; a bare JSON string."""
     payload = await _json(request)
@@ -145,7 +150,7 @@ async def token(request: Request, gateway: GatewayDep, caller: Caller) -> Respon
     return _answer(gateway.tickets.issue("app", life_s, apps=apps, caller=caller))
 
 
-@router.get("/.well-known/jwks.json")
+@router.get("/.well-known/jwks.json", responses=IS_KEY_SET)
 async def jwks(gateway: GatewayDep) -> Response:
     """The public key that webhooks are verified with."""
     key = await SigningKey.open(gateway.ledger)

@@ -10,6 +10,7 @@ from fastapi.responses import Response, StreamingResponse
 
 from server.errors import ClientDisconnected, InvalidInput, PathNotFound, RequestNotFound
 from server.routes.admission import admit
+from server.routes.declared import IS_EVENTS, IS_OUTPUT, RUN
 from server.routes.dependencies import Call, CallDep, read_payload
 from server.routes.queue import cancelled_on_disconnect, result_response, status_events
 from server.schemas import result_bytes
@@ -18,7 +19,7 @@ router = APIRouter(prefix="/run", tags=["run"])
 log = structlog.get_logger()
 
 
-@router.post("/{owner}/{alias}")
+@router.post("/{owner}/{alias}", openapi_extra=RUN, responses=IS_OUTPUT)
 async def run(call: CallDep) -> Response:
     """Make a picture and answer with it; 422 at once for an invalid input. Hanging up cancels the work."""
     new = await admit(call, await read_payload(call))
@@ -38,7 +39,7 @@ async def run(call: CallDep) -> Response:
     return result_response(row, call.base)
 
 
-@router.post("/{owner}/{alias}/stream")
+@router.post("/{owner}/{alias}/stream", openapi_extra=RUN, responses=IS_EVENTS, response_class=StreamingResponse)
 async def stream(call: CallDep) -> Response:
     """Make a picture and tell of it in server-sent events: progress while it is made, the whole output last.
 

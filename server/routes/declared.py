@@ -1,0 +1,170 @@
+"""What the routes say of themselves in the server's own OpenAPI document, where their signatures do not say it.
+
+Routes read bodies and some paths themselves and answer with bytes: what a framework would learn from types is written
+here. A test sends random requests and holds every answer against these declarations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from server.endpoints import ENDPOINTS
+
+JSON = "application/json"
+Responses = dict[int | str, dict[str, Any]]
+
+
+class Urls(BaseModel):
+    """Where to ask about a request."""
+
+    request_id: str
+    response_url: str
+    status_url: str
+    cancel_url: str
+
+
+class Submitted(Urls):
+    """The answer to a submission."""
+
+    status: Literal["IN_QUEUE"]
+    queue_position: int
+
+
+class LogEntry(BaseModel):
+    """A line of a request's log."""
+
+    message: str
+    level: Literal["DEBUG", "INFO", "WARN", "ERROR", "STDOUT", "STDERR"]
+    source: str
+    timestamp: str
+    labels: dict[str, str]
+
+
+class RequestStatus(Urls):
+    """Where a request stands."""
+
+    status: Literal["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
+    logs: list[LogEntry] | None
+    queue_position: int | None = None
+    metrics: dict[str, float] | None = None
+    error: str | None = None
+    error_type: str | None = None
+
+
+class Cancelled(BaseModel):
+    """The answer to a cancellation."""
+
+    status: Literal["OK", "CANCELLATION_REQUESTED"]
+    success: Literal[True]
+
+
+def texts(*names: str) -> dict[str, Any]:
+    """The schema of an object whose members are texts, all of them there."""
+    return {"type": "object", "required": list(names), "properties": {name: {"type": "string"} for name in names}}
+
+
+def answers(schema: Mapping[str, Any], media_type: str = JSON) -> Responses:
+    """A successful answer of this form."""
+    return {200: {"content": {media_type: {"schema": schema}}}}
+
+
+def takes(schema: Mapping[str, Any], media_type: str = JSON) -> dict[str, Any]:
+    """A request body of this form; without one it is an empty object or file."""
+    return {"requestBody": {"content": {media_type: {"schema": schema}}}}
+
+
+def _in_path(name: str, **schema: Any) -> dict[str, Any]:
+    return {"name": name, "in": "path", "required": True, "schema": {"type": "string", **schema}}
+
+
+def _in_query(name: str, **schema: Any) -> dict[str, Any]:
+    return {"name": name, "in": "query", "schema": schema}
+
+
+_OWNER_AND_ALIAS = [
+    _in_path(name, enum=sorted({endpoint_id.split("/")[place] for endpoint_id in ENDPOINTS}))
+    for place, name in enumerate(("owner", "alias"))
+]
+_OUTPUT = {"anyOf": [endpoint.output_model.model_json_schema(mode="serialization") for endpoint in ENDPOINTS.values()]}
+_INPUT = {"anyOf": [endpoint.input_model.model_json_schema() for endpoint in ENDPOINTS.values()]}
+
+# -- run and queue
+RUN = {"parameters": _OWNER_AND_ALIAS, **takes(_INPUT)}
+# Any JSON is accepted: what is wrong with it is the request's result.
+SUBMIT = {
+    "parameters": [
+        *_OWNER_AND_ALIAS,
+        _in_query("fal_webhook", type="string"),
+        _in_query("fal_max_queue_length", type="integer", minimum=0),
+    ],
+    **takes({}),
+}
+REQUEST = {"parameters": [*_OWNER_AND_ALIAS, _in_path("request_id", format="uuid")]}
+STATUS = {"parameters": [*REQUEST["parameters"], _in_query("logs", type="string")]}
+IS_OUTPUT = answers(_OUTPUT)
+IS_SUBMITTED: Responses = {200: {"model": Submitted}}
+IS_STATUS: Responses = {200: {"model": RequestStatus}, 202: {"model": RequestStatus}}
+IS_CANCELLED: Responses = {200: {"model": Cancelled}, 202: {"model": Cancelled}}
+IS_EVENTS = answers({}, "text/event-stream")
+
+# -- uploads and tokens
+FILE = takes({"type": "string", "format": "binary"}, "application/octet-stream")
+_TEXT_OR_NULL = {"type": ["string", "null"]}
+FILE_NAME = takes({"type": "object", "properties": {"file_name": _TEXT_OR_NULL, "content_type": _TEXT_OR_NULL}})
+PARTS = takes(
+    {
+        "type": "object",
+        "required": ["parts"],
+        "properties": {
+            "parts": {
+                "type": "array",
+                "minItems": 1,
+                "items": {
+                    "type": "object",
+                    "required": ["partNumber", "etag"],
+                    "properties": {"partNumber": {"type": "integer", "minimum": 1}, "etag": {"type": "string"}},
+                },
+            }
+        },
+    }
+)
+TOKEN = takes(
+    {
+        "type": "object",
+        "properties": {
+            "allowed_apps": {"type": "array", "items": {"type": "string"}},
+            "token_expiration": {"type": "number", "exclusiveMinimum": 0, "maximum": 86400},
+        },
+    }
+)
+IS_PART = answers(
+    {
+        "type": "object",
+        "required": ["partNumber", "etag"],
+        "properties": {"partNumber": {"type": "integer"}, "etag": {"type": "string"}},
+    }
+)
+IS_KEY_SET = answers(
+    {"type": "object", "required": ["keys"], "properties": {"keys": {"type": "array", "items": {"type": "object"}}}}
+)
+
+# -- operation
+_READY = {
+    "type": "object",
+    "required": ["ready", "slots"],
+    "properties": {
+        "ready": {"type": "boolean"},
+        "slots": {"type": "array", "items": texts("id", "state", "device", "weights", "detail")},
+    },
+}
+IS_READY: Responses = {status: {"content": {JSON: {"schema": _READY}}} for status in (200, 503)}
+IS_READY[503]["description"] = "No slot can take a request."
+
+# -- fal's documents
+IS_DOCUMENT: Responses = {
+    **answers({"type": "object", "required": ["openapi", "paths"]}),
+    404: {"description": "There is no such endpoint.", "content": {JSON: {"schema": {"type": "null"}}}},
+}
