@@ -210,10 +210,12 @@ def is_loopback(host: str) -> bool:
 
 def gateway(lifeline_fd: LifelineFd = None) -> None:
     """Serve HTTP."""
+    import uvloop
+
     from server.app import serve_gateway
 
     settings = start_role(lifeline_fd)
-    run_role(serve_gateway(settings))
+    run_role(serve_gateway(settings), uvloop.new_event_loop)
 
 
 def dispatcher(slots: Annotated[str, typer.Option()] = "0", lifeline_fd: LifelineFd = None) -> None:
@@ -256,8 +258,10 @@ def start_role(lifeline_fd: int | None) -> Settings:
     return settings
 
 
-def run_role(work: Coroutine[Any, Any, None]) -> None:
-    """Run a role until it ends or SIGTERM cancels it."""
+def run_role(
+    work: Coroutine[Any, Any, None], loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+) -> None:
+    """Run a role until it ends or SIGTERM cancels it, on asyncio's own event loop or another one."""
 
     async def scene() -> None:
         task = asyncio.ensure_future(work)
@@ -266,7 +270,8 @@ def run_role(work: Coroutine[Any, Any, None]) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             await task
 
-    asyncio.run(scene())
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(scene())
 
 
 # -- env -------------------------------------------------------------------------------------------------------------
