@@ -29,7 +29,7 @@ KEY = re.compile(r"(?:[A-Za-z0-9_-][A-Za-z0-9_.-]{0,150}/){0,6}[A-Za-z0-9_-][A-Z
 PUBLIC = ("out/", "up/")
 """Keys that are served to whoever knows them."""
 
-CHUNK_BYTES = 256 * 1024
+CHUNK_BYTES = 2**20  # what is read at once; each chunk costs a change of threads
 MAX_NAME = 80
 # What pictures are called; the system's own table differs from machine to machine.
 CONTENT_TYPES = {
