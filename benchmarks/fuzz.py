@@ -127,6 +127,7 @@ def fuzz(settings: Settings, *, max_examples: int, seed: int) -> Findings:
     config = SchemathesisConfig.from_dict(
         {
             "seed": seed,
+            "cache": {"enabled": False},
             "generation": {"max-examples": max_examples, "database": "none"},
             "phases": {"coverage": {"unexpected-methods": UNEXPECTED_METHODS}},
             "operations": OPERATIONS,
