@@ -68,7 +68,7 @@ WRONG: list[tuple[str, str, bytes | None, int]] = [
     ("POST", "/tokens/", b'{"allowed_apps": "x"}', 422),
     ("PUT", "/storage/upload/x?signature=y", b"x", 401),
     ("PUT", "/storage/upload/x/1", b"x", 401),
-    ("PUT", "/storage/upload/x/one", b"x", 422),
+    ("PUT", "/storage/upload/x/one", b"x", 404),
     ("POST", "/storage/upload/x/complete", b"{}", 401),
     ("PUT", "/files/up/ab/x.png/multipart/x/1", b"x", 401),
     ("PUT", "/files/up/ab/x.png", b"x", 405),
