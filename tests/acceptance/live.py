@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +156,19 @@ class LiveServer:
                 return body
             time.sleep(0.02)
         raise AssertionError(f"not over: {body}")
+
+    @contextlib.contextmanager
+    def occupied(self, endpoint: str, arguments: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
+        """The server at work on a request, with two more of the kind in the queue; all are cancelled in the end."""
+        accepted = [self.submit(endpoint, arguments) for _ in range(3)]
+        try:
+            while self.http.get(accepted[0]["status_url"]).json()["status"] == "IN_QUEUE":
+                time.sleep(0.02)
+            yield accepted
+        finally:
+            for row in reversed(accepted):
+                self.http.put(row["cancel_url"])
+            self.wait_for_end(accepted[0]["status_url"])
 
 
 def finish(client: subprocess.Popen[str], timeout_s: float = 120.0) -> Any:

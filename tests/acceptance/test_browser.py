@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import httpx2
 import pytest
 
 from tests.acceptance.javascript.programs import Answer, Program, chromium, file, running
@@ -67,7 +66,7 @@ def test_errors_are_readable(perform: Perform, arguments: Arguments) -> None:
     assert answer.error["requestId"]
 
 
-def test_upload(perform: Perform, picture: bytes, arguments: Arguments) -> None:
+def test_upload(perform: Perform, paced: LiveServer, picture: bytes, arguments: Arguments) -> None:
     """A file that a person chose in the page is uploaded, and upscaled."""
     image = file(picture, name="people.png", type="image/png")
 
@@ -76,4 +75,4 @@ def test_upload(perform: Perform, picture: bytes, arguments: Arguments) -> None:
     assert answer.error is None
     put = next(call for call in answer.calls if call["method"] == "PUT")
     assert put["status"] == 200
-    assert httpx2.get(answer.value["data"]["image"]["url"]).status_code == 200
+    assert paced.http.get(answer.value["data"]["image"]["url"]).status_code == 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import queue
@@ -108,24 +109,48 @@ def installed() -> str:
     version = subprocess.run([node, "--version"], capture_output=True, text=True, check=True).stdout.strip()
     if int((re.findall(r"\d+", version) or [0])[0]) < MIN_MAJOR:
         pytest.skip(f"needs node {MIN_MAJOR} or newer, found {version}")
+    with sole_installer():
+        install(npm)
+    return node
+
+
+def install(npm: str) -> None:
+    """Copy our programs beside the packages that they import, and have npm install those if they changed."""
     wanted, stamp = (SOURCES / "package.json").read_text(), INSTALLED / ".installed"
-    INSTALLED.mkdir(parents=True, exist_ok=True)
     for source in SOURCES.iterdir():
-        if source.suffix in (".mjs", ".html", ".json"):
-            shutil.copy(source, INSTALLED)
+        copy = INSTALLED / source.name
+        if source.suffix in (".mjs", ".html", ".json") and not (
+            copy.exists() and copy.read_bytes() == source.read_bytes()  # another test process may be reading it
+        ):
+            shutil.copy(source, copy)
     if not stamp.exists() or stamp.read_text() != wanted:
         command = [npm, "install", "--no-audit", "--no-fund", "--no-package-lock"]
         done = subprocess.run(command, cwd=INSTALLED, capture_output=True, text=True, timeout=INSTALL_S)
         if done.returncode != 0:
             pytest.skip(f"npm install failed: {done.stderr[-500:]}")
         stamp.write_text(wanted)
-    return node
+
+
+@contextmanager
+def sole_installer() -> Iterator[None]:
+    """Wait until no other test process installs anything."""
+    INSTALLED.mkdir(parents=True, exist_ok=True)
+    with (INSTALLED / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def chromium() -> str:
     """The path of Chromium, installed where that is ours to do; skips elsewhere."""
+    with sole_installer():
+        install_chromium()
+    return str(CHROMIUM)
+
+
+def install_chromium() -> None:
+    """Have apt install Chromium where it is missing."""
     if CHROMIUM.exists():
-        return str(CHROMIUM)
+        return
     if os.getuid() != 0 or shutil.which("apt-get") is None:
         pytest.skip(f"needs {CHROMIUM}; it is installed here only as root on a system with apt")
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
@@ -135,7 +160,6 @@ def chromium() -> str:
         )
         if done.returncode != 0:
             pytest.skip(f"apt-get {command[0]} failed: {done.stderr[-500:]}")
-    return str(CHROMIUM)
 
 
 def file(data: bytes | int, *, name: str | None = None, type: str = "") -> dict[str, Any]:
