@@ -111,7 +111,8 @@ def configure_logging(settings: Settings) -> None:
             structlog.dev.ConsoleRenderer() if is_terminal else structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[settings.log_level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(LogStream(sys.stderr)),
+        # typeshed keeps TextIO apart from the classes of io that have its methods.
+        logger_factory=structlog.PrintLoggerFactory(typing.cast(TextIO, LogStream(sys.stderr))),
     )
 
 
