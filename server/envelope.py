@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 EXPOSED = (
     b"x-fal-request-id, x-fal-billable-units, x-fal-error-type, x-fal-request-timeout-type, x-fal-retryable, "
-    b"x-fal-needs-retry, etag, content-length, content-range, content-disposition, retry-after"
+    b"x-fal-needs-retry, x-fal-served-from, etag, content-length, content-range, content-disposition, retry-after"
 )
 ALLOWED_METHODS = b"GET, HEAD, POST, PUT, DELETE, OPTIONS"
 ORIGIN = (b"access-control-allow-origin", b"*")

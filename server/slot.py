@@ -163,6 +163,7 @@ class SlotHost:
             status=200,
             body=ENDPOINTS[work.endpoint].output(facts),
             inference_s=rendered.timings["inference"],
+            headers={"X-Fal-Served-From": f"{self.weights} weights"},
             blobs=(key,),
         )
 

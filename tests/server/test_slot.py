@@ -70,6 +70,7 @@ def test_a_job_becomes_a_stored_picture_and_fals_answer(host: SlotHost, settings
     assert (image["width"], image["height"], image["file_size"]) == (32, 24, len(stored))
     assert Image.open(io.BytesIO(stored)).size == (32, 24)
     assert outcome.blobs == (image["url"].removeprefix("blob:"),)
+    assert outcome.headers["X-Fal-Served-From"].endswith(" weights")
     assert outcome.inference_s is not None and outcome.inference_s > 0
     assert list(tmp_path.glob("*.png")) == []
 
