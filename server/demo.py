@@ -25,7 +25,7 @@ import typer
 from PIL import Image
 
 PHOTO = Path(__file__).parents[1] / "weights" / "pocket" / "photos" / "worker.png"
-PROMPT = "a photograph of a worker at an aircraft engine"
+PROMPT = "a photograph of a worker inside the fuselage of an aircraft"
 LONG_SIDE_PX = 512
 OUTPUT = Path("demo")
 START_S = 120.0
@@ -36,7 +36,7 @@ import json, sys, urllib.request
 import fal_client
 
 def show(update):
-    if isinstance(update, fal_client.InProgress):
+    if isinstance(update, (fal_client.InProgress, fal_client.Completed)):
         for line in update.logs[show.seen:]:
             sys.stdout.write("    " + line["message"] + "\\n")
         show.seen = len(update.logs)

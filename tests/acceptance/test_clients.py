@@ -69,12 +69,12 @@ def test_subscribe_with_logs(kind: str, server: LiveServer, arguments: Arguments
 @both
 def test_cancel(kind: str, server: LiveServer, arguments: Arguments) -> None:
     """A running request that is cancelled is soon over, as fal's error, and the next one runs."""
-    text = json.dumps(arguments(creativity=1, num_inference_steps=200, scale=4))
+    text = json.dumps(arguments(creativity=1, num_inference_steps=200))
 
     answer = finish(server.client(kind, "cancel", text))
 
     assert (answer["status"], answer["type"]) == (499, "client_cancelled")
-    assert answer["seconds"] < 5.0
+    assert answer["seconds"] < 20.0, "a step or two; test_kills.py measures it against steps of a known length"
     assert finish(server.client(kind, "run", json.dumps(arguments())))["result"]
 
 
