@@ -40,7 +40,7 @@ from server.settings import Settings
 from server.storage import Storage, StorageUnavailable
 from server.tls import ensure_certificates
 from server.uploads import Uploads
-from server.wakeup import Bell
+from server.wakeup import Bell, Ringer
 
 KEEP_ALIVE_S = 75
 CERTIFICATE_CHECK_S = 86400.0
@@ -94,6 +94,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     with (
         contextlib.closing(Ledger.open(settings)) as ledger,
         contextlib.closing(Bell(settings.run_dir, "gateway")) as bell,
+        contextlib.closing(Ringer(settings.run_dir, "dispatcher")) as dispatcher,
     ):
         storage = Storage.open(settings)
         app.state.gateway = Gateway(
@@ -104,6 +105,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
             tickets=await Tickets.open(ledger),
             uploads=Uploads(settings.uploads_dir, storage, ledger, max_bytes=int(settings.max_upload_mb * 2**20)),
             bell=bell,
+            dispatcher=dispatcher,
         )
         yield
 

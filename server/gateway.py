@@ -13,7 +13,7 @@ from server.ledger import Blob, CancelAnswer, Ledger, RequestRow
 from server.settings import Settings
 from server.storage import Storage, input_key
 from server.uploads import Uploads
-from server.wakeup import Bell, ring
+from server.wakeup import Bell, Ringer
 
 ADMISSION_S = 3600.0
 POLL_S = 0.5  # a bell that was missed delays no longer than this
@@ -30,6 +30,7 @@ class Gateway:
     tickets: Tickets
     uploads: Uploads
     bell: Bell
+    dispatcher: Ringer
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
     def in_background(self, work: Coroutine[Any, Any, Any]) -> None:
@@ -55,7 +56,7 @@ class Gateway:
 
     def wake_dispatcher(self) -> None:
         """Tell the dispatcher that there is something new in the ledger."""
-        ring(self.settings.run_dir, "dispatcher")
+        self.dispatcher.ring()
 
     async def completed(self, request_id: str) -> RequestRow | None:
         """Wait until a request is over; None if it was forgotten in the meantime."""

@@ -18,9 +18,26 @@ def bell_path(run_dir: Path, name: str) -> Path:
 
 def ring(run_dir: Path, name: str) -> None:
     """Wake whoever waits on the bell `name`; never blocks and never fails, also when nobody listens."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-        sender.setblocking(False)
-        sender.sendto(b"!", str(bell_path(run_dir, name)))
+    with contextlib.suppress(OSError), contextlib.closing(Ringer(run_dir, name)) as ringer:
+        ringer.ring()
+
+
+class Ringer:
+    """The other end of a bell for who rings often: opening a socket takes longer than using it."""
+
+    def __init__(self, run_dir: Path, name: str) -> None:
+        self._path = str(bell_path(run_dir, name))
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
+
+    def ring(self) -> None:
+        """Wake whoever waits on the bell; never blocks and never fails, also when nobody listens."""
+        with contextlib.suppress(OSError):
+            self._socket.sendto(b"!", self._path)
+
+    def close(self) -> None:
+        """Let go of the socket."""
+        self._socket.close()
 
 
 class Bell:

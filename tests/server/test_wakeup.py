@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 
-from server.wakeup import Bell, ring
+from server.wakeup import Bell, Ringer, ring
 
 
 def test_a_ring_wakes_every_waiter(tmp_path: Path) -> None:
@@ -69,3 +70,20 @@ def test_a_full_bell_does_not_block_the_ringer(tmp_path: Path) -> None:
         ring(tmp_path, "slow")
 
     bell.close()
+
+
+def test_a_ringer_finds_every_bell_of_its_name(tmp_path: Path) -> None:
+    """A socket that is kept rings whoever listens at the moment, also one who came later; nobody is no error."""
+
+    async def story() -> list[bool]:
+        heard = []
+        with contextlib.closing(Ringer(tmp_path, "dispatcher")) as ringer:
+            ringer.ring()
+            for _ in range(2):
+                bell = Bell(tmp_path, "dispatcher")
+                ringer.ring()
+                heard.append(await bell.wait(5.0))
+                bell.close()
+        return heard
+
+    assert asyncio.run(story()) == [True, True]
