@@ -77,8 +77,8 @@ class Ledger:
 
     # -- requests ------------------------------------------------------------------------------------------------
 
-    async def submit(self, request: NewRequest) -> None:
-        """Accept a request; with an outcome it is born completed, webhook included."""
+    async def submit(self, request: NewRequest) -> int:
+        """Accept a request; with an outcome it is born completed, webhook included. Returns how many wait before it."""
         now = self._clock()
         outcome = request.outcome
         job = compact_json(request.job) if request.job is not None else None
@@ -103,16 +103,18 @@ class Ledger:
             **(_outcome_columns(outcome, now) if outcome else NO_OUTCOME),
         }
 
-        def write(db: Writer) -> None:
-            db.run("submit", **fixed)
-            for line in request.logs:
-                db.run("log", request_id=request.id, **_log_columns(line))
+        def write(db: Writer) -> int:
+            seq = int(db.rows("submit", **fixed)[0][0])
+            for number, line in enumerate(request.logs, 1):
+                db.run("first_log", request_id=request.id, seq=number, **_log_columns(line))
             for key in request.blobs:
                 db.run("hold_blob", key=key, holder=request.id, expires=None)
             if outcome and request.webhook_url:
                 db.run("outbox_add", id=request.id, url=request.webhook_url, now=now)
+            return seq
 
-        await self._db.write(write)
+        seq = await self._db.write(write)
+        return 0 if outcome else self._position(request.priority, seq)
 
     async def get(self, request_id: str) -> RequestRow | None:
         """The request, with its place in the queue while it waits; cheap enough for ten polls a second of thousands."""
@@ -310,15 +312,18 @@ class Ledger:
     def _position(self, priority: str, seq: int) -> int:
         """Requests that will run before this one: exact near the head, at most a second old further back."""
         taken, normal, low = self._positions
-        if len(normal) + len(low) <= EXACT_POSITIONS or self._clock() - taken > POSITIONS_AGE_S:
-            ahead = int(self._db.read("count_ahead", priority=priority, seq=seq)[0][0])
-            if ahead <= EXACT_POSITIONS:
+        if self._clock() - taken <= POSITIONS_AGE_S:
+            ahead = _place_in(normal, low, priority, seq)
+            if ahead > EXACT_POSITIONS:
                 return ahead
+        ahead = int(self._db.read("count_ahead", priority=priority, seq=seq)[0][0])
+        if ahead > EXACT_POSITIONS:
+            # Counting takes as long as the queue: the next ones look into a list of it.
             normal, low = [], []
             for kind, number in self._db.read("queued_order"):
                 (normal if kind == "normal" else low).append(number)
             self._positions = (self._clock(), normal, low)
-        return bisect_left(normal, seq) if priority == "normal" else len(normal) + bisect_left(low, seq)
+        return ahead
 
     def _retain_until(self, now: float, store_io: bool) -> float:
         return now + (self._retention_s if store_io else min(self._retention_s, SHORT_RETENTION_S))
@@ -343,6 +348,10 @@ class Ledger:
             db.run("hold_blob", key=key, holder=request.id, expires=None if expires_s is None else now + expires_s)
         if request.webhook_url:
             db.run("outbox_add", id=request.id, url=request.webhook_url, now=now)
+
+
+def _place_in(normal: list[int], low: list[int], priority: str, seq: int) -> int:
+    return bisect_left(normal, seq) if priority == "normal" else len(normal) + bisect_left(low, seq)
 
 
 NO_OUTCOME: dict[str, Any] = {

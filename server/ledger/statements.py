@@ -93,14 +93,14 @@ class Upsert:
 STATEMENTS: dict[str, ClauseElement | Upsert] = {
     # -- requests: birth and reading
     "submit": insert(requests)
-    .inline()
     .values(
         {
             column.name: bindparam(column.name)
             for column in requests.columns
             if column.name not in ("seq", "started", "slot", "token")
         }
-    ),
+    )
+    .returning(r.seq),
     "get": select(*row).where(this),
     "queued": select(*row).where(queued_only).order_by(*dispatch_order).limit(bindparam("limit")),
     "running": select(*row).where(running_only).order_by(r.seq),
@@ -158,6 +158,7 @@ STATEMENTS: dict[str, ClauseElement | Upsert] = {
     .order_by(r.start_deadline)
     .limit(bindparam("limit")),
     # -- logs
+    "first_log": insert(logs).inline().values({column.name: bindparam(column.name) for column in logs.columns}),
     "log": insert(logs)
     .inline()
     .values(

@@ -49,10 +49,8 @@ async def submit(request: Request) -> Response:
     if limit is not None and await call.gateway.ledger.num_queued() > limit:
         raise QueueFull
     new = await admit(call, await read_payload(call), webhook_url=webhook_url)
-    await call.gateway.ledger.submit(new)
+    position = await call.gateway.ledger.submit(new)
     call.gateway.wake_dispatcher()
-    row = await call.gateway.ledger.get(new.id)
-    position = row.queue_position if row and row.queue_position else 0
     log.info("submitted", request_id=new.id, endpoint=new.endpoint, caller=call.caller, accepted=new.outcome is None)
     return Response(
         to_json(submitted(call.base, new.endpoint, new.id, position)),

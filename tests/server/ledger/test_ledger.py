@@ -70,16 +70,23 @@ async def test_normal_runs_before_low_and_each_in_order_of_arrival(ledger: Ledge
 
 
 @in_a_loop
-async def test_positions_in_a_long_queue_agree_with_the_order(ledger: Ledger) -> None:
-    """Beyond the exact head of the queue the position comes from a snapshot and is still right."""
-    await asyncio.gather(*(ledger.submit(new(f"r{number}", priority="low")) for number in range(700)))
-    await ledger.submit(new("urgent"))
+async def test_positions_in_a_long_queue_agree_with_the_order(settings: Settings, ledger: Ledger) -> None:
+    """At once near the head, and after a second everywhere."""
+    now = time.time()
+    late = Ledger.open(settings, clock=lambda: now)
+    await asyncio.gather(*(late.submit(new(f"r{number}", priority="low")) for number in range(700)))
+    await late.submit(new("urgent"))
+    order = [request.id for request in await late.queued(1000)]
 
-    order = [request.id for request in await ledger.queued(1000)]
+    async def check(places: tuple[int, ...]) -> None:
+        for place in places:
+            row = await late.get(order[place])
+            assert row is not None and row.queue_position == place
 
-    for place in (0, 1, 499, 500, 501, 640, 700):
-        row = await ledger.get(order[place])
-        assert row is not None and row.queue_position == place
+    await check((0, 1, 400))
+    now += 2
+    await check((0, 1, 499, 500, 501, 640, 700, 600))
+    late.close()
 
 
 @in_a_loop
