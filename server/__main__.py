@@ -167,10 +167,19 @@ def serve(
     configure_logging(settings)
     refuse_open_door(settings)
     gpus = detect_gpus()
-    open_store(settings.weights, root=settings.full_weights_dir, has_cuda=bool(gpus))
+    store = open_store(settings.weights, root=settings.full_weights_dir, has_cuda=bool(gpus))
     with sole_owner(settings):
         check_ports(settings)
-        supervisor = Supervisor(settings, plan_roles(settings, plan_slots(settings, gpus)))
+        planned = plan_slots(settings, gpus)
+        structlog.get_logger().info(
+            "starting",
+            http=settings.port and f"http://{settings.host}:{settings.port}",
+            https=settings.tls_port and f"https://{settings.host}:{settings.tls_port}",
+            weights=store.name,
+            slots=[f"{one.id}: {one.device}" for one in planned],
+            clients=f'eval "$(creative-upscaler env --data {shlex.quote(str(settings.data))})"',
+        )
+        supervisor = Supervisor(settings, plan_roles(settings, planned))
         status = asyncio.run(supervisor.run())
     raise typer.Exit(status)
 
@@ -233,7 +242,7 @@ def slot(
     lifeline_fd: LifelineFd = None,
 ) -> None:
     """Own a device and run pipelines on it."""
-    from server.slot import serve_slot
+    from server.slot import DeviceUnusable, serve_slot
 
     settings = start_role(lifeline_fd)
     # When memory runs out the kernel shall end the process that used it, not the ones that answer for it.
@@ -241,7 +250,7 @@ def slot(
         Path("/proc/self/oom_score_adj").write_text("500")
     try:
         run_role(serve_slot(settings, slot_id, device))
-    except WeightsMissing as error:
+    except (WeightsMissing, DeviceUnusable) as error:
         fail(str(error), CONFIGURATION_ERROR)
     finally:
         # A pipeline in the worker thread would hold up a regular exit until its picture is done.
@@ -441,9 +450,12 @@ def upscale(settings: Settings, endpoint: Endpoint[Any], image: Path, output: Pa
     for warning in job["warnings"]:
         console.print(f"[yellow]note:[/] {warning}")
     with console.status("loading"):
-        from server.slot import LocalRun
+        from server.slot import DeviceUnusable, LocalRun
 
-        run = LocalRun(settings, device="cuda" if detect_gpus() else "cpu")
+        try:
+            run = LocalRun(settings, device="cuda" if detect_gpus() else "cpu")
+        except DeviceUnusable as error:
+            raise CommandFailed(str(error)) from error
     with stage_bars(console) as report:
         made = run.make(job, image.read_bytes(), output, report)
     console.print(f"{made.width} x {made.height} px, seed {made.seed}, {made.timings['inference']:.1f} s")

@@ -196,8 +196,18 @@ class Dispatcher:
                 recorded=won,
             )
             await self._engine.acknowledge(run.slot_id, run.token)
+            if not won:
+                await self._discard(run.request_id, outcome)
             ring(self._settings.run_dir, "dispatcher")  # its webhook is due
         self._tell_gateway()
+
+    async def _discard(self, request_id: str, outcome: Outcome) -> None:
+        """Delete what an attempt stored that had lost its hold; not what is the recorded result."""
+        row = await self._ledger.get(request_id)
+        recorded = (row.outcome_json or "") if row else ""
+        for key in outcome.blobs:
+            if key not in recorded:
+                await self._storage.delete(key)
 
     async def _take_back(self, request_id: str, token: str) -> None:
         """End an attempt that has no outcome: again at its old place in the queue, or for good after too many."""

@@ -43,6 +43,10 @@ STEP_LINES_S = 0.1
 log = structlog.get_logger()
 
 
+class DeviceUnusable(Exception):
+    """Torch cannot compute on the device that the slot was given."""
+
+
 class Rendered(Protocol):
     """What a pipeline tells about the picture it wrote: px, the seed, seconds by stage with `inference` for all."""
 
@@ -107,8 +111,14 @@ class SlotHost:
         )
 
     def load(self) -> frozenset[str]:
-        """Open the weights and load every pipeline; raises `WeightsMissing` when files are not there."""
+        """Open the weights and load every pipeline.
+
+        Raises:
+            WeightsMissing: Files of the weights are not there.
+            DeviceUnusable: Torch does not see the device.
+        """
         started = time.perf_counter()
+        check_device(self.device)
         store = open_store(
             self._settings.weights, root=self._settings.full_weights_dir, has_cuda=self.device.startswith("cuda")
         )
@@ -255,6 +265,19 @@ def is_device_fault(error: Exception) -> bool:
     return type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)
 
 
+def check_device(device: str) -> None:
+    """Raise `DeviceUnusable` for a GPU that torch cannot use."""
+    if not device.startswith("cuda"):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise DeviceUnusable(
+            f"This machine has a GPU that torch {torch.__version__} cannot use. Install torch's CUDA build, or set "
+            "CUDA_VISIBLE_DEVICES to nothing to make pictures on the processor."
+        )
+
+
 def describe(device: str) -> str:
     """A device in words."""
     if not device.startswith("cuda"):
@@ -277,7 +300,7 @@ class LocalRun:
     """Pictures made in this process, without socket, ledger or storage."""
 
     def __init__(self, settings: Settings, *, device: str, pipelines: Mapping[str, Load] = PIPELINES) -> None:
-        """Load the pipelines; raises `WeightsMissing` when files are not there."""
+        """Load the pipelines; raises `WeightsMissing` or `DeviceUnusable`."""
         settings.make_folders()
         self._host = SlotHost(settings, Storage.open(settings), settings.run_dir, device=device, pipelines=pipelines)
         self._host.load()

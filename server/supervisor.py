@@ -34,6 +34,8 @@ MAX_DELAY_S = 10.0
 SETTLED_S = 10.0
 """Seconds after which a role counts as running well, so that its next death is restarted at once."""
 
+LOCK_TRIES = 5
+
 log = structlog.get_logger()
 
 
@@ -138,14 +140,18 @@ def sole_owner(settings: Settings) -> Iterator[None]:
     """Hold the data folder; raises `AlreadyRunning` when another server does."""
     settings.make_folders()
     with lock_path(settings).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        for _ in range(LOCK_TRIES):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                time.sleep(0.1)  # `env` or `doctor` may hold it for the moment in which they look
+        else:
             running = read_server(settings) or {}
             raise AlreadyRunning(
                 f"A server runs on {settings.data} already (process {running.get('pid', 'unknown')}); "
                 "stop it, or choose another folder with --data."
-            ) from error
+            )
         yield
 
 

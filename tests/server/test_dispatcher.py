@@ -276,6 +276,28 @@ def test_an_outcome_that_was_recorded_before_frees_its_slot(play: Play) -> None:
     play(story)
 
 
+def test_the_picture_of_an_attempt_that_lost_its_hold_is_deleted(play: Play) -> None:
+    """An attempt that was given up still ends somewhere; its file does not stay, the recorded one does."""
+
+    async def story(scene: Scene) -> None:
+        storage = Storage.open(scene.settings)
+        for name in ("late", "good"):
+            await storage.put_bytes(f"out/{name}.png", b"picture")
+        await scene.submit()
+        await scene.dispatcher.step()
+        late = scene.engine.works[0].token
+        await scene.ledger.requeue("r", late)
+        await scene.ledger.claim("r", "1", "other")
+        await scene.ledger.complete("r", "other", replace(DONE, body={"url": "blob:out/good.png"}))
+
+        await scene.engine.say(late, Event(seq=1, outcome=replace(DONE, blobs=("out/late.png", "out/good.png"))))
+
+        assert await storage.head("out/late.png") is None
+        assert await storage.head("out/good.png") is not None
+
+    play(story)
+
+
 def test_cancelling_asks_the_slot_first_and_kills_it_late(play: Play) -> None:
     """A run that does not stop within its grace costs the slot; the request ends as cancelled, not queued again."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from pipelines.errors import ImageTooSmall, InvalidParams, NonFiniteResult, UnsupportedImageFormat
@@ -17,7 +18,7 @@ from server.engine import Work
 from server.inputs import FileTooLarge
 from server.ledger import NewLog, Outcome
 from server.settings import Settings
-from server.slot import LocalRun, SlotHost, line_of, outcome_of
+from server.slot import DeviceUnusable, LocalRun, SlotHost, line_of, outcome_of
 from server.storage import Storage
 from tests.server.fake_pipeline import PIPELINES
 from weights import store as weight_store
@@ -164,6 +165,16 @@ def test_each_fault_has_fals_name(error: Exception, status: int, type: str, loc:
     assert outcome is not None
     (item,) = outcome.body["detail"]
     assert (outcome.status, item["type"], item["loc"][-1], item.get("ctx")) == (status, type, loc, ctx)
+
+
+def test_a_gpu_that_torch_cannot_use_is_named(settings: Settings, tmp_path: Path) -> None:
+    """A slot that was given a GPU and has torch without CUDA says what to install."""
+    if torch.cuda.is_available():
+        pytest.skip("torch can use the GPU of this machine")
+    host = SlotHost(settings, Storage.open(settings), tmp_path, device="cuda", pipelines=PIPELINES)
+
+    with pytest.raises(DeviceUnusable, match="CUDA build"):
+        host.load()
 
 
 def test_reports_become_lines() -> None:
