@@ -8,6 +8,7 @@ one flush serves many and a failing write takes nobody else with it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import sqlite3
 import threading
@@ -90,8 +91,10 @@ class SqliteConnector:
         """Run `write` in the next transaction; returns when it is on the disk.
 
         Raises:
-            LedgerUnavailable: The disk is full or the file locked; nothing of this write happened.
+            LedgerUnavailable: The disk is full, the file locked or the ledger closed; nothing of this write happened.
         """
+        if not self._thread.is_alive():
+            raise LedgerUnavailable("the ledger is closed")
         pending = _Pending(write, asyncio.get_running_loop())
         self._queue.put(pending)
         return await pending.future
@@ -121,14 +124,17 @@ class SqliteConnector:
         connection = sqlite3.connect(
             self._path, isolation_level=None, check_same_thread=False, timeout=BUSY_TIMEOUT_S, cached_statements=256
         )
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=FULL")
-        connection.execute("PRAGMA temp_store=MEMORY")
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=FULL")
+            connection.execute("PRAGMA temp_store=MEMORY")
+        except sqlite3.Error:
+            connection.close()
+            raise
         return connection
 
     def _write_groups(self) -> None:
-        connection = self._connect()
-        writer = Writer(connection, self._statements)
+        connection: sqlite3.Connection | None = None
         last = False
         while not last:
             group = [self._queue.get()]
@@ -136,24 +142,33 @@ class SqliteConnector:
                 group.append(self._queue.get())
             last = None in group
             waiting = [pending for pending in group if pending is not None]
-            if waiting:
-                _commit_group(connection, writer, waiting)
-                _settle(waiting)
-        connection.close()
+            if not waiting:
+                continue
+            try:
+                connection = connection or self._connect()
+                _commit_group(connection, Writer(connection, self._statements), waiting)
+            except Exception as error:
+                for pending in waiting:
+                    pending.error = LedgerUnavailable(str(error))
+                # Closing takes back what was begun; a rollback could fail as the commit did, and the file may be new.
+                _close(connection)
+                connection = None
+            _settle(waiting)
+        _close(connection)
+
+
+def _close(connection: sqlite3.Connection | None) -> None:
+    if connection is not None:
+        with contextlib.suppress(sqlite3.Error):
+            connection.close()
 
 
 def _commit_group(connection: sqlite3.Connection, writer: Writer, group: list[_Pending]) -> None:
-    try:
-        # The write lock at once: a lock upgraded in the middle could not wait for another process.
-        connection.execute("BEGIN IMMEDIATE")
-        for pending in group:
-            _run_in_savepoint(connection, writer, pending)
-        connection.execute("COMMIT")
-    except sqlite3.Error as error:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        for pending in group:
-            pending.error = LedgerUnavailable(str(error))
+    # The write lock at once: a lock upgraded in the middle could not wait for another process.
+    connection.execute("BEGIN IMMEDIATE")
+    for pending in group:
+        _run_in_savepoint(connection, writer, pending)
+    connection.execute("COMMIT")
 
 
 def _run_in_savepoint(connection: sqlite3.Connection, writer: Writer, pending: _Pending) -> None:
@@ -173,7 +188,8 @@ def _settle(group: list[_Pending]) -> None:
     for pending in group:
         by_loop.setdefault(pending.loop, []).append(pending)
     for loop, members in by_loop.items():
-        if not loop.is_closed():
+        # A loop that was closed in the meantime has nobody who waits.
+        with contextlib.suppress(RuntimeError):
             # One wake-up per group, not one per write.
             loop.call_soon_threadsafe(_settle_all, members)
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Coroutine
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from server.ledger import Blob, Ledger, NewLog, NewRequest, Outcome, SlotRow
+from server.ledger.sqlite import LedgerUnavailable, SqliteConnector
 from server.settings import Settings
 
 ENDPOINT = "fal-ai/creative-upscaler"
@@ -301,6 +304,42 @@ async def test_a_failing_write_takes_nobody_else_with_it(ledger: Ledger) -> None
 
     assert isinstance(results[1], sqlite3.IntegrityError)
     assert [request.id for request in await ledger.queued(10)] == ["a", "b", "c"]
+
+
+@in_a_loop
+async def test_the_writer_survives_a_database_that_fails_it(
+    settings: Settings, migrated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever breaks, connecting and taking back included, those who wait are told and the next write is tried."""
+    settings.make_folders()
+    shutil.copy(migrated, settings.ledger_path)
+    ledger = Ledger.open(settings)
+    connect, broken = SqliteConnector._connect, ["connect", "ROLLBACK", ""]
+
+    class Broken(sqlite3.Connection):
+        def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+            if sql in ("COMMIT", "ROLLBACK"):
+                raise sqlite3.OperationalError("disk I/O error")
+            return super().execute(sql, *parameters)
+
+    def connect_badly(connector: SqliteConnector) -> sqlite3.Connection:
+        fault = broken.pop(0)
+        if fault == "connect":
+            raise sqlite3.OperationalError("unable to open database file")
+        if fault == "ROLLBACK":
+            return sqlite3.connect(settings.ledger_path, isolation_level=None, check_same_thread=False, factory=Broken)
+        return connect(connector)
+
+    monkeypatch.setattr(SqliteConnector, "_connect", connect_badly)
+    answers = [
+        await asyncio.wait_for(asyncio.gather(ledger.submit(new(name)), return_exceptions=True), 5) for name in "abc"
+    ]
+
+    assert [type(answer) for (answer,) in answers] == [LedgerUnavailable, LedgerUnavailable, int]
+    assert [request.id for request in await ledger.queued(10)] == ["c"]
+    ledger.close()
+    with pytest.raises(LedgerUnavailable, match="closed"):
+        await asyncio.wait_for(ledger.submit(new("d")), 5)
 
 
 @in_a_loop
