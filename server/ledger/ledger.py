@@ -154,7 +154,7 @@ class Ledger:
     # -- dispatch ------------------------------------------------------------------------------------------------
 
     async def queued(self, limit: int) -> list[RequestRow]:
-        """The next requests to run: normal before low, then in order of arrival."""
+        """The next requests to run, with their jobs: normal before low, then in order of arrival."""
         return [RequestRow(*row) for row in await self._db.scan("queued", limit=limit)]
 
     async def running(self) -> list[RequestRow]:
@@ -332,7 +332,6 @@ class Ledger:
         return {
             **_outcome_columns(outcome, now),
             "retain_until": self._retain_until(now, request.store_io),
-            "job": request.job_json if request.store_io else None,
         }
 
     def _end_queued(self, db: Writer, request: RequestRow, outcome: Outcome) -> bool:

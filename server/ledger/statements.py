@@ -16,6 +16,7 @@ from sqlalchemy import (
     Table,
     and_,
     bindparam,
+    case,
     delete,
     exists,
     func,
@@ -33,6 +34,7 @@ from server.ledger.states import State
 from server.ledger.tables import blobs, kv, logs, outbox, queued_only, requests, running_only, slots
 
 r = requests.c
+# Without the job, which is large and read by nobody but the dispatcher when it starts one.
 row = (
     r.seq,
     r.id,
@@ -43,7 +45,6 @@ row = (
     r.started,
     r.finished,
     r.start_deadline,
-    r.job,
     r.caller,
     r.store_io,
     r.base_url,
@@ -69,6 +70,8 @@ ended: dict[str, Any] = {
     name: bindparam(name)
     for name in ("finished", "outcome_status", "outcome", "outcome_headers", "error", "error_type", "inference_s")
 }
+# What may not be stored goes when it is no longer needed.
+kept_job = case((r.store_io, r.job), else_=null())
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ STATEMENTS: dict[str, ClauseElement | Upsert] = {
     )
     .returning(r.seq),
     "get": select(*row).where(this),
-    "queued": select(*row).where(queued_only).order_by(*dispatch_order).limit(bindparam("limit")),
+    "queued": select(*row, null(), r.job).where(queued_only).order_by(*dispatch_order).limit(bindparam("limit")),
     "running": select(*row).where(running_only).order_by(r.seq),
     "cancels": select(*row).where(running_only, r.cancel_requested).order_by(r.seq),
     "count_queued": select(func.count()).select_from(requests).where(queued_only),
@@ -144,13 +147,13 @@ STATEMENTS: dict[str, ClauseElement | Upsert] = {
         state=State.COMPLETED.value,
         token=null(),
         retain_until=bindparam("retain_until"),
-        job=bindparam("job"),
+        job=kept_job,
         **ended,
     ),
     # IN_QUEUE -> COMPLETED, without an attempt: cancelled or too late.
     "end_queued": update(requests)
     .where(this, r.state == State.IN_QUEUE.value)
-    .values(state=State.COMPLETED.value, retain_until=bindparam("retain_until"), job=bindparam("job"), **ended),
+    .values(state=State.COMPLETED.value, retain_until=bindparam("retain_until"), job=kept_job, **ended),
     # IN_PROGRESS stays; the dispatcher tells the slot.
     "request_cancel": update(requests).where(this, r.state == State.IN_PROGRESS.value).values(cancel_requested=True),
     "late_starters": select(*row)

@@ -120,7 +120,6 @@ class RequestRow:
     started: float | None
     finished: float | None
     start_deadline: float | None
-    job_json: str | None
     caller: str
     store_io: bool
     base_url: str
@@ -138,10 +137,11 @@ class RequestRow:
     error_type: str | None
     inference_s: float | None
     queue_position: int | None = None
+    job_json: str | None = None
 
     @property
     def job(self) -> dict[str, Any] | None:
-        """What the slot is to do."""
+        """What the slot is to do; known of rows from the queue only."""
         return json.loads(self.job_json) if self.job_json else None
 
     @property

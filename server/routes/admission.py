@@ -23,6 +23,7 @@ from server.storage import is_public
 
 FOREVER_S = 100 * 365 * 86400.0
 MAX_NAMED_FIELDS = 20
+MAX_URL = 8192  # characters; longer than what web servers take
 LIFECYCLE = "x-fal-object-lifecycle-preference"
 
 
@@ -100,7 +101,8 @@ async def place_image(gateway: Gateway, image_url: str, base: Base) -> str:
     """What the slot shall read: a URL, or `blob:<key>` for a data URI, stored here, and for a file of ours.
 
     Raises:
-        InvalidInput: It is neither a data URI nor an http(s) URL, or it names a file that we do not have.
+        InvalidInput: It is neither a data URI nor an http(s) URL, the URL is too long, or it names a file that we do
+            not have.
     """
     if image_url[:5].lower() == "data:":
         max_bytes = int(gateway.settings.max_download_mb * MEBIBYTE)
@@ -111,6 +113,9 @@ async def place_image(gateway: Gateway, image_url: str, base: Base) -> str:
         except MalformedDataURI as error:
             raise _bad_image("image_load_error", str(error), image_url) from error
         return BLOB + await gateway.store_input(data)
+    if len(image_url) > MAX_URL:
+        msg = f"A URL should have at most {MAX_URL} characters; upload the file or pass it as a data URI"
+        raise _bad_image("sequence_too_long", msg, image_url, {"max_length": MAX_URL})
     key = own_key(image_url, _own_hosts(gateway, base))
     if key is None:
         return image_url

@@ -54,6 +54,12 @@ class FakeSlot:
         assert row is not None
         return row
 
+    def job(self, request_id: str) -> dict[str, Any]:
+        """What a dispatcher would give to a slot for this waiting request."""
+        job = next(row.job for row in asyncio.run(self.ledger.queued(100)) if row.id == request_id)
+        assert job is not None
+        return job
+
     def expire(self) -> None:
         """End what has waited past its start deadline, as a dispatcher does."""
         asyncio.run(self.ledger.expire_start(time.time()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import sqlite3
 import time
@@ -41,13 +42,14 @@ async def test_a_request_passes_through_its_three_states(ledger: Ledger) -> None
     """Submit, claim and complete leave a row that says what happened."""
     await ledger.submit(new("a", job={"image": "x"}, caller="me"))
     waiting = await ledger.get("a")
+    (next_one,) = await ledger.queued(1)
     await ledger.claim("a", "slot-0", "token")
     running = await ledger.get("a")
     await ledger.complete("a", "token", GOOD)
     done = await ledger.get("a")
 
     assert waiting is not None and running is not None and done is not None
-    assert (waiting.state, waiting.queue_position, waiting.job) == ("IN_QUEUE", 0, {"image": "x"})
+    assert (waiting.state, waiting.queue_position, next_one.job) == ("IN_QUEUE", 0, {"image": "x"})
     assert (running.state, running.queue_position, running.slot, running.attempt) == ("IN_PROGRESS", None, "slot-0", 1)
     assert (done.state, done.outcome_status, done.outcome_body, done.inference_s) == (
         "COMPLETED",
@@ -257,15 +259,36 @@ async def test_a_pending_webhook_keeps_its_request(ledger: Ledger) -> None:
 
 
 @in_a_loop
-async def test_requests_that_must_not_be_stored_lose_their_input(ledger: Ledger) -> None:
+async def test_requests_that_must_not_be_stored_lose_their_input(settings: Settings, ledger: Ledger) -> None:
     """With X-Fal-Store-IO: 0 the job is gone at completion and the rest within the hour."""
-    await ledger.submit(new("a", job={"secret": 1}, store_io=False))
-    await ledger.claim("a", "s", "t")
-    await ledger.complete("a", "t", GOOD)
-    assert (await ledger.get("a")).job is None
+    for name, store_io in (("a", False), ("b", True)):
+        await ledger.submit(new(name, job={"secret": 1}, store_io=store_io))
+        await ledger.claim(name, "s", "t")
+        await ledger.complete(name, "t", GOOD)
+    await ledger.submit(new("c", job={"secret": 1}, store_io=False))
+    await ledger.request_cancel("c")
+    with contextlib.closing(sqlite3.connect(settings.ledger_path)) as rows:
+        assert rows.execute("SELECT id, job FROM requests").fetchall() == [
+            ("a", None),
+            ("b", '{"secret":1}'),
+            ("c", None),
+        ]
 
     await ledger.sweep(time.time() + 3700)
     assert await ledger.get("a") is None
+
+
+@in_a_loop
+async def test_only_dispatching_reads_jobs(ledger: Ledger) -> None:
+    """A job may be large; polls and the dispatcher's rounds would read it ten times a second."""
+    await ledger.submit(new("a", job={"image": "x"}))
+    await ledger.claim("a", "s", "t")
+    await ledger.request_cancel("a")
+    await ledger.submit(new("b", job={"image": "x"}))
+
+    rows = [await ledger.get("a"), *await ledger.running(), *await ledger.cancels(), await ledger.get("b")]
+    assert [row.job_json for row in rows] == [None] * 4
+    assert [row.job for row in await ledger.queued(10)] == [{"image": "x"}]
 
 
 @in_a_loop

@@ -206,21 +206,36 @@ def test_a_queue_longer_than_allowed_is_refused(client: TestClient) -> None:
 def test_data_uris_are_stored_and_not_queued(client: TestClient, slot: FakeSlot, app_settings: Settings) -> None:
     """The job names a blob; the ledger never sees the picture."""
     uri = "data:image/png;base64," + base64.b64encode(b"picture" * 1000).decode()
-    row = slot.row(submit(client, {"image_url": uri}))
+    job = slot.job(submit(client, {"image_url": uri}))
 
-    assert row.job is not None and row.job["image"].startswith("blob:in/") and len(row.job_json or "") < 2000
-    assert Storage.open(app_settings).read(row.job["image"].removeprefix("blob:")) == b"picture" * 1000
-    assert slot.row(submit(client, {"image_url": uri})).job == row.job | {"params": ANY}
+    assert job["image"].startswith("blob:in/") and len(json.dumps(job)) < 2000
+    assert Storage.open(app_settings).read(job["image"].removeprefix("blob:")) == b"picture" * 1000
+    assert slot.job(submit(client, {"image_url": uri})) == job | {"params": ANY}
+
+
+@pytest.mark.parametrize(("length", "is_taken"), [(8192, True), (8193, False)])
+def test_a_url_without_end_is_refused(client: TestClient, slot: FakeSlot, length: int, is_taken: bool) -> None:
+    """Every URL is read again and again while its request waits: what no web server takes is a fault of the input."""
+    row = slot.row(submit(client, {"image_url": "https://example.com/".ljust(length, "a")}))
+
+    assert row.is_completed is not is_taken
+    if not is_taken:
+        (item,) = (row.outcome_body or {})["detail"]
+        assert (item["type"], item["loc"], item["ctx"]) == (
+            "sequence_too_long",
+            ["body", "image_url"],
+            {"max_length": 8192},
+        )
 
 
 def test_files_of_ours_are_read_from_the_store(client: TestClient, slot: FakeSlot, app_settings: Settings) -> None:
     """A result may be the next input, without a detour over the network."""
     asyncio.run(Storage.open(app_settings).put_bytes(PICTURE, b"x"))
-    ours = slot.row(submit(client, {"image_url": f"http://127.0.0.1:8000/files/{PICTURE}"}))
-    other = slot.row(submit(client, {"image_url": f"http://elsewhere/files/{PICTURE}"}))
+    ours = slot.job(submit(client, {"image_url": f"http://127.0.0.1:8000/files/{PICTURE}"}))
+    other = slot.job(submit(client, {"image_url": f"http://elsewhere/files/{PICTURE}"}))
 
-    assert ours.job is not None and ours.job["image"] == f"blob:{PICTURE}"
-    assert other.job is not None and other.job["image"].startswith("http://elsewhere/")
+    assert ours["image"] == f"blob:{PICTURE}"
+    assert other["image"].startswith("http://elsewhere/")
 
 
 def events_of(text: str) -> list[dict[str, Any]]:
