@@ -33,6 +33,8 @@ CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 15.0
 MAX_ADDRESSES = 4
 CHUNK_BYTES = 65536
+POLL_S = 0.5  # no wait for the network lasts longer before we look at the time and at who asked
+WRITE_BYTES = 16384
 WEB_PORTS = frozenset({80, 443})
 USER_AGENT = "creative-upscaler/0.1"
 
@@ -163,6 +165,83 @@ class Reach:
             raise AddressRefused(f"port {port} is not allowed; use one of {', '.join(map(str, sorted(self.ports)))}")
 
 
+def _wait_on() -> None:
+    """Whoever waits has not changed their mind."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long one exchange may take, however often a byte of it arrives.
+
+    Attributes:
+        deadline: When it ends, in `time.monotonic`'s seconds.
+        poll: Called at least every `POLL_S` seconds while we wait for the other server; may raise to end the exchange.
+    """
+
+    deadline: float = float("inf")
+    poll: Callable[[], None] = _wait_on
+
+    @classmethod
+    def of(cls, timeout_s: float, poll: Callable[[], None] = _wait_on) -> Patience:
+        """So many seconds from now."""
+        return cls(deadline=time.monotonic() + timeout_s, poll=poll)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the time is up."""
+        return time.monotonic() >= self.deadline
+
+    def left_s(self, timeout: float | None) -> float | None:
+        """Seconds that a single operation may take, `timeout` at most; polls first.
+
+        Raises:
+            httpcore2.ReadTimeout: The time is up.
+        """
+        self.poll()
+        left_s = self.deadline - time.monotonic()
+        if left_s <= 0:
+            raise httpcore2.ReadTimeout("the exchange took too long")
+        return None if timeout is None and left_s == float("inf") else min(left_s, timeout or left_s)
+
+
+class PatientStream(httpcore2.NetworkStream):
+    """A connection whose reads and writes end with the patience of the exchange; a plain timeout is one of silence."""
+
+    def __init__(self, stream: httpcore2.NetworkStream, patience: Patience) -> None:
+        self._stream, self._patience = stream, patience
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        """What has arrived, `max_bytes` at most."""
+        silent_from = time.monotonic()
+        while True:
+            wait_s = min(self._patience.left_s(timeout) or POLL_S, POLL_S)
+            try:
+                return self._stream.read(max_bytes, wait_s)
+            except httpcore2.ReadTimeout:
+                if timeout is not None and time.monotonic() - silent_from >= timeout:
+                    raise
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        """Send everything, in pieces small enough that a slow reader is noticed between them."""
+        for start in range(0, len(buffer), WRITE_BYTES):
+            self._stream.write(buffer[start : start + WRITE_BYTES], self._patience.left_s(timeout))
+
+    def close(self) -> None:
+        """Hang up."""
+        self._stream.close()
+
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore2.NetworkStream:
+        """The same connection under TLS."""
+        secured = self._stream.start_tls(ssl_context, server_hostname, self._patience.left_s(timeout))
+        return PatientStream(secured, self._patience)
+
+    def get_extra_info(self, info: str) -> Any:
+        """What is known of the connection."""
+        return self._stream.get_extra_info(info)
+
+
 def resolve(host: str, port: int) -> list[str]:
     """The addresses of a host in the resolver's order; accepts every spelling of a number that the system does."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -172,8 +251,9 @@ def resolve(host: str, port: int) -> list[str]:
 class GuardedBackend(httpcore2.NetworkBackend):
     """Dials only addresses within reach; the name is resolved once and never again by the layers below."""
 
-    def __init__(self, reach: Reach, resolver: Resolver = resolve) -> None:
-        self._reach, self._resolve, self._dial = reach, resolver, httpcore2.SyncBackend()
+    def __init__(self, reach: Reach, resolver: Resolver, patience: Patience) -> None:
+        self._reach, self._resolve, self._patience = reach, resolver, patience
+        self._dial = httpcore2.SyncBackend()
 
     def connect_tcp(
         self,
@@ -193,7 +273,9 @@ class GuardedBackend(httpcore2.NetworkBackend):
         failure: Exception = httpcore2.ConnectError(f"the name {host} has no address")
         for address in addresses:
             try:
-                return self._dial.connect_tcp(address, port, timeout, local_address, socket_options or ())
+                wait_s = self._patience.left_s(timeout)
+                stream = self._dial.connect_tcp(address, port, wait_s, local_address, socket_options or ())
+                return PatientStream(stream, self._patience)
             except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
                 failure = error
         raise failure
@@ -217,19 +299,26 @@ class _Body(httpx2.SyncByteStream):
 
 
 class GuardedTransport(httpx2.BaseTransport):
-    """httpx2's way to the network with our backend under it; connections are not kept, so each one is checked."""
+    """httpx2's way to the network with our backend under it; connections are not kept, so each one is checked.
+
+    The extension `patience` of a request, if given, bounds the whole of its exchange.
+    """
 
     def __init__(self, reach: Reach, resolver: Resolver = resolve, verify: ssl.SSLContext | None = None) -> None:
-        self._pool = httpcore2.ConnectionPool(
-            ssl_context=verify or httpx2.create_ssl_context(),
-            max_keepalive_connections=0,
-            network_backend=GuardedBackend(reach, resolver),
-        )
+        self._reach, self._resolver = reach, resolver
+        self._ssl_context = verify or httpx2.create_ssl_context()
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         """Send one request; errors are httpcore2's."""
         url = request.url
-        response = self._pool.handle_request(
+        patience = request.extensions.get("patience", Patience())
+        # A pool per request, because its backend is where patience is known; it ends with its one connection.
+        pool = httpcore2.ConnectionPool(
+            ssl_context=self._ssl_context,
+            max_keepalive_connections=0,
+            network_backend=GuardedBackend(self._reach, self._resolver, patience),
+        )
+        response = pool.handle_request(
             httpcore2.Request(
                 method=request.method,
                 url=httpcore2.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path),
@@ -244,10 +333,6 @@ class GuardedTransport(httpx2.BaseTransport):
             stream=_Body(response.stream),  # type: ignore[arg-type]  # the pool is a synchronous one
             extensions=response.extensions,
         )
-
-    def close(self) -> None:
-        """Close what is open."""
-        self._pool.close()
 
 
 def guarded_client(
@@ -277,19 +362,19 @@ class Fetcher:
     max_bytes: int
     timeout_s: float
 
-    def fetch(self, url: str, poll: Callable[[], None] = lambda: None) -> bytes:
+    def fetch(self, url: str, poll: Callable[[], None] = _wait_on) -> bytes:
         """Download a file; follows up to five redirects, each checked like the first address.
 
-        `poll` is called between chunks and may raise to stop the download.
+        `poll` is called every half second and may raise to stop the download.
 
         Raises:
             DownloadFailed: The URL, the network or the other server is at fault.
             FileTooLarge: More than `max_bytes`.
         """
-        deadline = time.monotonic() + self.timeout_s
+        patience = Patience.of(self.timeout_s, poll)
         try:
             for _ in range(MAX_REDIRECTS + 1):
-                answer = self._get(httpx2.URL(url), deadline, poll)
+                answer = self._get(httpx2.URL(url), patience)
                 if isinstance(answer, bytes):
                     return answer
                 url = str(answer)
@@ -298,20 +383,22 @@ class Fetcher:
         except AddressRefused as error:
             raise DownloadFailed(str(error)) from error
         except (httpx2.HTTPError, *NETWORK_ERRORS) as error:
-            raise DownloadFailed(str(error) or type(error).__name__) from error
+            late = f"it took longer than {self.timeout_s:g} s" if patience.is_over else None
+            raise DownloadFailed(late or str(error) or type(error).__name__) from error
         raise DownloadFailed(f"more than {MAX_REDIRECTS} redirects")
 
-    def _get(self, url: httpx2.URL, deadline: float, poll: Callable[[], None]) -> bytes | httpx2.URL:
+    def _get(self, url: httpx2.URL, patience: Patience) -> bytes | httpx2.URL:
         if url.scheme not in ("http", "https") or not url.host:
             raise httpx2.UnsupportedProtocol(str(url))
-        with self.client.stream("GET", url, headers={"accept": "image/*,*/*;q=0.5"}) as response:
+        headers = {"accept": "image/*,*/*;q=0.5"}
+        with self.client.stream("GET", url, headers=headers, extensions={"patience": patience}) as response:
             if response.status_code in (301, 302, 303, 307, 308) and "location" in response.headers:
                 return url.join(response.headers["location"])
             if response.status_code != 200:
                 raise DownloadFailed(f"the server answered {response.status_code}")
-            return self._read(response, deadline, poll)
+            return self._read(response)
 
-    def _read(self, response: httpx2.Response, deadline: float, poll: Callable[[], None]) -> bytes:
+    def _read(self, response: httpx2.Response) -> bytes:
         announced = response.headers.get("content-length", "")
         if announced.isdecimal() and int(announced) > self.max_bytes:
             raise FileTooLarge(self.max_bytes)
@@ -320,13 +407,10 @@ class Fetcher:
             body += chunk
             if len(body) > self.max_bytes:
                 raise FileTooLarge(self.max_bytes)
-            if time.monotonic() > deadline:
-                raise DownloadFailed(f"it took longer than {self.timeout_s:g} s")
-            poll()
         return bytes(body)
 
 
-def read_input(reference: str, storage: Storage, fetcher: Fetcher, poll: Callable[[], None] = lambda: None) -> bytes:
+def read_input(reference: str, storage: Storage, fetcher: Fetcher, poll: Callable[[], None] = _wait_on) -> bytes:
     """The bytes of a job's input, on the calling thread: `blob:<key>` from storage, everything else by URL.
 
     Raises:

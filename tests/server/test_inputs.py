@@ -225,32 +225,68 @@ def test_nobody_listening_fails_the_download_at_once() -> None:
         fetcher(Reach.naming(["127.0.0.1"])).fetch(f"http://127.0.0.1:{port}/")
 
 
-def test_a_trickle_ends_at_the_deadline() -> None:
-    """A server that sends a byte now and then cannot hold the slot longer than the time allowed."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
+@pytest.fixture
+def trickle() -> Iterator[Callable[[bytes, bytes], str]]:
+    """Start servers that send a head at once and then the same piece for ever; gives `127.0.0.1:port`."""
+    listeners: list[socket.socket] = []
+    is_over = threading.Event()
 
-        def trickle() -> None:
-            connection, _ = server.accept()
-            with connection:
-                connection.recv(4096)
-                connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
-                for _ in range(100):
-                    time.sleep(0.05)
-                    try:
-                        connection.sendall(b"x" * 70_000)
-                    except OSError:
-                        return
+    def drip(listener: socket.socket, head: bytes, piece: bytes) -> None:
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.recv(4096)
+            connection.sendall(head)
+            while not is_over.wait(0.05):
+                connection.sendall(piece)
 
-        thread = threading.Thread(target=trickle)
-        thread.start()
-        host = f"127.0.0.1:{server.getsockname()[1]}"
-        started = time.monotonic()
+    def start(head: bytes, piece: bytes) -> str:
+        listener = socket.create_server(("127.0.0.1", 0))
+        listeners.append(listener)
+        threading.Thread(target=drip, args=(listener, head, piece), daemon=True).start()
+        return f"127.0.0.1:{listener.getsockname()[1]}"
 
-        with pytest.raises(DownloadFailed, match="longer than"):
-            fetcher(Reach.naming([host]), max_bytes=10**9, timeout_s=0.3).fetch(f"http://{host}/")
+    yield start
+    is_over.set()
+    for listener in listeners:
+        listener.close()
 
-        assert time.monotonic() - started < 2.0
-        thread.join()
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+TRICKLES = pytest.mark.parametrize(
+    ("head", "piece"),
+    [(HEAD + b"\r\n", b"x" * 70_000), (HEAD + b"\r\n", b"x"), (HEAD + b"X-Slow: ", b"x"), (b"", b"")],
+    ids=["chunks", "bytes of the body", "bytes of the header", "silence"],
+)
+
+
+@TRICKLES
+def test_a_trickle_ends_at_the_deadline(trickle: Callable[[bytes, bytes], str], head: bytes, piece: bytes) -> None:
+    """A server that sends a byte now and then, or none, cannot hold the slot longer than the time allowed."""
+    host = trickle(head, piece)
+    started = time.monotonic()
+
+    with pytest.raises(DownloadFailed, match=r"longer than 0\.3 s"):
+        fetcher(Reach.naming([host]), max_bytes=10**9, timeout_s=0.3).fetch(f"http://{host}/")
+
+    assert time.monotonic() - started < 1.5
+
+
+@TRICKLES
+def test_a_trickle_ends_when_nobody_waits_for_it(
+    trickle: Callable[[bytes, bytes], str], head: bytes, piece: bytes
+) -> None:
+    """A cancelled request is noticed within about a second, whatever the other server does."""
+    host = trickle(head, piece)
+    started = time.monotonic()
+
+    def stop() -> None:
+        if time.monotonic() - started > 0.2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetcher(Reach.naming([host]), max_bytes=10**9, timeout_s=60.0).fetch(f"http://{host}/", stop)
+
+    assert time.monotonic() - started < 1.5
 
 
 def test_a_poll_may_stop_a_download(web: Callable[[dict[str, Answer]], str]) -> None:
