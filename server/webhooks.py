@@ -12,6 +12,7 @@ import base64
 import hashlib
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from server.inputs import NETWORK_ERRORS, Reach, guarded_client
+from server.inputs import CONNECT_TIMEOUT_S, NETWORK_ERRORS, Patience, Reach, guarded_client
 from server.ledger import Ledger, OutboxRow, RequestRow
 from server.schemas import with_urls
 from server.settings import Settings
@@ -94,6 +95,9 @@ class WebhookSender:
         self._client = guarded_client(reach)
         self._timeout_s = settings.webhook_timeout_s
         self._under_way: dict[str, asyncio.Task[None]] = {}
+        # Threads of our own: receivers that say nothing must not hold those that read the ledger.
+        self._threads = ThreadPoolExecutor(MAX_CONCURRENT, thread_name_prefix="webhook")
+        self._is_closed = False
 
     async def send_due(self) -> None:
         """Start a delivery for every row that is due and not under way; does not wait for them."""
@@ -106,23 +110,25 @@ class WebhookSender:
                 self._under_way[row.request_id] = task
                 task.add_done_callback(partial(self._ended, row.request_id))
 
-    def _ended(self, request_id: str, _: asyncio.Task[None]) -> None:
+    def _ended(self, request_id: str, task: asyncio.Task[None]) -> None:
         del self._under_way[request_id]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("webhook_not_recorded", request_id=request_id, error=repr(error))
 
     async def close(self) -> None:
         """Abandon what is under way; it stays in the outbox."""
+        self._is_closed = True  # the threads see it within half a second
         for task in list(self._under_way.values()):
             task.cancel()
         await asyncio.gather(*self._under_way.values(), return_exceptions=True)
-        self._client.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _deliver(self, row: OutboxRow) -> None:
         request = await self._ledger.get(row.request_id)
         if request is None:
             await self._ledger.outbox_failed(row.request_id, None, None)
             return
-        body = webhook_body(request)
-        status = await asyncio.to_thread(self._post, row, body)
+        status = await asyncio.get_running_loop().run_in_executor(self._threads, self._try, row, request)
         event = log.bind(request_id=row.request_id, status=status, tries=row.tries + 1)
         if status is not None and 200 <= status < 300:
             await self._ledger.outbox_delivered(row.request_id)
@@ -134,19 +140,38 @@ class WebhookSender:
         await self._ledger.outbox_failed(row.request_id, next_try, status)
         event.warning("webhook_failed", gave_up=is_final)
 
-    def _post(self, row: OutboxRow, body: bytes) -> int | None:
-        headers = self._key.headers(row.request_id, body, int(time.time()))
+    def _try(self, row: OutboxRow, request: RequestRow) -> int | None:
+        """The receiver's status; None, whatever went wrong, when there is none."""
         try:
-            answer = self._client.post(
-                row.url,
-                content=body,
-                headers={"content-type": "application/json", **headers},
-                timeout=httpx2.Timeout(self._timeout_s, connect=5.0),
-            )
+            return self._post(row, webhook_body(request))
         except (httpx2.InvalidURL, httpx2.HTTPError, httpcore2.UnsupportedProtocol, *NETWORK_ERRORS) as error:
             log.warning("webhook_unreachable", request_id=row.request_id, error=str(error) or type(error).__name__)
-            return None
-        return answer.status_code
+        except _Closed:
+            log.info("webhook_abandoned", request_id=row.request_id)
+        except Exception:
+            log.exception("webhook_broken", request_id=row.request_id)
+        return None
+
+    def _post(self, row: OutboxRow, body: bytes) -> int:
+        headers = self._key.headers(row.request_id, body, int(time.time()))
+        # Only the head of the answer counts: what follows it may be without end.
+        with self._client.stream(
+            "POST",
+            row.url,
+            content=body,
+            headers={"content-type": "application/json", **headers},
+            timeout=httpx2.Timeout(self._timeout_s, connect=CONNECT_TIMEOUT_S),
+            extensions={"patience": Patience.of(self._timeout_s, self._check_open)},
+        ) as answer:
+            return answer.status_code
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise _Closed
+
+
+class _Closed(Exception):
+    """The sender was closed while a delivery was under way."""
 
 
 def webhook_body(request: RequestRow) -> bytes:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import json
+import socket
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from server.ledger import Ledger, NewRequest, Outcome
 from server.settings import Settings
-from server.webhooks import SigningKey, WebhookSender, delay_s
+from server.webhooks import MAX_CONCURRENT, SigningKey, WebhookSender, delay_s
 
 GOOD = Outcome(status=200, body={"image": {"url": "blob:out/a.png"}, "seed": 7})
 BAD_BODY = {"detail": [{"type": "image_load_error"}]}
@@ -172,6 +176,99 @@ def test_private_receivers_can_be_forbidden(tmp_path: Path, receiver: Receiver) 
     assert receiver.calls == []
     play(tmp_path / "named", story, webhook_allow_private=False, fetch_allow_hosts=["127.0.0.1"])
     assert len(receiver.calls) == 1
+
+
+ENDLESS = {
+    "no answer": (b"", b""),
+    "a slow head": (b"HTTP/1.1 200 OK\r\nX-Slow: ", b"x"),
+    "an endless body": (b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 100_000),
+}
+
+
+@pytest.fixture
+def endless() -> Iterator[Callable[[str], str]]:
+    """Start a receiver that never comes to an end, in one of the ways above; gives its URL."""
+    listeners: list[socket.socket] = []
+    is_over = threading.Event()
+
+    def talk(connection: socket.socket, head: bytes, piece: bytes) -> None:
+        with connection, contextlib.suppress(OSError):
+            connection.recv(65536)
+            connection.sendall(head)
+            while not is_over.wait(0.02):
+                connection.sendall(piece)
+
+    def accept(listener: socket.socket, kind: str) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                threading.Thread(target=talk, args=(connection, *ENDLESS[kind]), daemon=True).start()
+
+    def start(kind: str) -> str:
+        listener = socket.create_server(("127.0.0.1", 0))
+        listeners.append(listener)
+        threading.Thread(target=accept, args=(listener, kind), daemon=True).start()
+        return f"http://127.0.0.1:{listener.getsockname()[1]}/"
+
+    yield start
+    is_over.set()
+    for listener in listeners:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+
+
+def test_silent_receivers_hold_nobody_else(tmp_path: Path, endless: Callable[[str], str]) -> None:
+    """While as many receivers as there may be say nothing, other work of the process goes on in its threads."""
+
+    async def story(ledger: Ledger, sender: WebhookSender, key: SigningKey) -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+        url = endless("no answer")
+        for n in range(MAX_CONCURRENT + 1):
+            await finished(ledger, url, GOOD, request_id=f"r{n}")
+
+        await sender.send_due()
+        await asyncio.sleep(0.1)
+
+        assert len(sender._under_way) == MAX_CONCURRENT
+        await asyncio.wait_for(asyncio.to_thread(bool), 1.0)
+
+    play(tmp_path, story, webhook_timeout_s=30.0)
+
+
+@pytest.mark.parametrize(("kind", "tries"), [("no answer", 1), ("a slow head", 1), ("an endless body", None)])
+def test_a_delivery_has_an_end(tmp_path: Path, endless: Callable[[str], str], kind: str, tries: int | None) -> None:
+    """The head of the answer must come within the time allowed, however it trickles; what follows it is not read."""
+
+    async def story(ledger: Ledger, sender: WebhookSender, key: SigningKey) -> None:
+        await finished(ledger, endless(kind), GOOD)
+
+        await asyncio.wait_for(send(sender), 3.0)
+
+        rows = await ledger.outbox_due(2e9, 10)
+        assert [row.tries for row in rows] == ([] if tries is None else [tries])
+
+    play(tmp_path, story, webhook_timeout_s=0.3)
+
+
+def test_an_unforeseen_failure_is_a_failed_try(
+    tmp_path: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A delivery that fails in a way nobody thought of waits for its next try like any other."""
+
+    def fail(*_: object) -> bytes:
+        raise RuntimeError("nobody thought of this")
+
+    async def story(ledger: Ledger, sender: WebhookSender, key: SigningKey) -> None:
+        await finished(ledger, receiver.url, GOOD)
+        monkeypatch.setattr("server.webhooks.webhook_body", fail)
+
+        await send(sender)
+
+        assert await ledger.outbox_due(time.time(), 10) == []
+        (row,) = await ledger.outbox_due(2e9, 10)
+        assert (row.tries, row.last_status) == (1, None)
+
+    play(tmp_path, story)
 
 
 @pytest.mark.parametrize("url", ["http://169.254.169.254/", "not a url", "ftp://127.0.0.1/", "http://[::1"])
