@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
+from fastapi import Path as PathParameter
 from fastapi.responses import Response
 
 from server.auth import presented_key
@@ -20,7 +21,7 @@ from server.routes.admission import lifecycle_s
 from server.routes.declared import FILE, FILE_NAME, IS_KEY_SET, IS_PART, PARTS, TOKEN, answers, texts
 from server.routes.dependencies import BaseDep, Caller, GatewayDep, parse_json, read_body
 from server.schemas import file_url
-from server.uploads import new_upload_id, place_upload
+from server.uploads import MAX_PARTS, new_upload_id, place_upload
 from server.webhooks import SigningKey
 
 UPLOAD_LIFE_S = 24 * 3600.0
@@ -30,6 +31,7 @@ MAX_JSON_BYTES = 2 * 2**20
 LIFECYCLE = "x-fal-object-lifecycle"
 
 router = APIRouter(tags=["rest"])
+PartNumber = Annotated[int, PathParameter(ge=1, le=MAX_PARTS)]
 
 
 # -- by a URL that is asked for first (JavaScript, and Python's fallback) --------------------------------------------
@@ -70,14 +72,16 @@ async def complete_upload(
 
 @router.put("/storage/upload/{location}/{number:int}", openapi_extra=FILE, responses=IS_PART)
 async def put_upload_part(
-    request: Request, gateway: GatewayDep, location: str, number: int, signature: str = ""
+    request: Request, gateway: GatewayDep, location: str, number: PartNumber, signature: str = ""
 ) -> Response:
     """Take one part; its entity tag is wanted at the end."""
     return await _put_part(request, gateway, f"{location}.{signature}", number)
 
 
 @router.post("/storage/upload/{location}/{number:int}", responses=answers(texts("upload_url")))
-async def part_url(gateway: GatewayDep, base: BaseDep, location: str, number: int, signature: str = "") -> Response:
+async def part_url(
+    gateway: GatewayDep, base: BaseDep, location: str, number: PartNumber, signature: str = ""
+) -> Response:
     """The URL to put a part to, for clients that ask for each."""
     gateway.tickets.read("upload", f"{location}.{signature}")
     return _answer({"upload_url": f"{base.root}/storage/upload/{location}/{number}?signature={signature}"})
@@ -120,7 +124,7 @@ async def begin_multipart(request: Request, gateway: GatewayDep, base: BaseDep) 
 
 
 @router.put("/files/{key:path}/multipart/{upload_id}/{number:int}", openapi_extra=FILE, responses=IS_PART)
-async def put_part(request: Request, gateway: GatewayDep, key: str, upload_id: str, number: int) -> Response:
+async def put_part(request: Request, gateway: GatewayDep, key: str, upload_id: str, number: PartNumber) -> Response:
     """Take one part, in any order and next to others."""
     return await _put_part(request, gateway, upload_id, number)
 
