@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,13 @@ class Findings:
 
     num_cases: int = 0
     faults: dict[str, str] = field(default_factory=dict)
+    on_fault: Callable[[str, str], None] = lambda title, command: None
+
+    def add(self, title: str, command: str) -> None:
+        """Keep the first of each kind of fault."""
+        if title not in self.faults:
+            self.faults[title] = command
+            self.on_fault(title, command)
 
 
 def name_only_usable_urls(context: Any, document: dict[str, Any]) -> None:
@@ -115,12 +123,12 @@ class Slots:
                 await asyncio.sleep(POLL_S)
 
 
-def fuzz(settings: Settings, *, max_examples: int, seed: int) -> Findings:
+def fuzz(settings: Settings, findings: Findings, *, max_examples: int, seed: int) -> None:
     """Send up to `max_examples` random requests per operation, and those that cover its document.
 
-    A gateway and its slots are started on the data folder; the loop that serves them ends with the process.
+    What is wrong is added to `findings`. The loop that serves the gateway ends with the process.
     """
-    findings, slots = Findings(), Slots(settings)
+    slots = Slots(settings)
     # Ids that exist, beside those that do not: else no request would get past the first look-up.
     schemathesis.openapi.format("uuid", st.one_of(st.sampled_from(slots.ids), st.uuids().map(str)))
     schemathesis.hook("before_load_schema")(name_only_usable_urls)
@@ -140,19 +148,18 @@ def fuzz(settings: Settings, *, max_examples: int, seed: int) -> Findings:
                 collect(findings, event.recorder)
             elif isinstance(event, (events.NonFatalError, events.FatalError)):
                 error = event.value if isinstance(event, events.NonFatalError) else event.exception
-                findings.faults[f"error: {error!r}"[:300]] = ""
-    return findings
+                findings.add(f"error: {error!r}"[:600], "")
 
 
 def collect(findings: Findings, recorder: Any) -> None:
-    """Add what one scenario found; of equal faults the first is kept."""
+    """Add what one scenario found."""
     findings.num_cases += len(recorder.interactions)
     for case_id, checks in recorder.checks.items():
         for check in checks:
             if check.failure_info is not None:
                 failure = check.failure_info.failure
                 title = f"{recorder.label}: {failure.title}: {failure.message}"[:600]
-                findings.faults.setdefault(title, recorder.cases[case_id].value.as_curl_command())
+                findings.add(title, recorder.cases[case_id].value.as_curl_command())
 
 
 def main() -> int:
@@ -163,15 +170,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     structlog.configure(processors=[], logger_factory=structlog.ReturnLoggerFactory())
-    console, num_cases, faults, seed = Console(soft_wrap=True), 0, {}, options.seed
-    while num_cases < options.cases:
+    console = Console(soft_wrap=True, highlight=False)
+    findings = Findings(on_fault=lambda title, command: console.print(f"\n{title}\n{command}", markup=False))
+    for seed in itertools.count(options.seed):
         with tempfile.TemporaryDirectory(prefix="upscaler-fuzz-", ignore_cleanup_errors=True) as folder:
-            found = fuzz(Settings(data=Path(folder), tls_port=0), max_examples=options.examples, seed=seed)
-        num_cases, faults, seed = num_cases + found.num_cases, faults | found.faults, seed + 1
-        console.print(f"{num_cases:,} requests, {len(faults)} kinds of fault (seed {seed - 1})")
-    for title, command in faults.items():
-        console.print(f"\n[red]{title}[/]\n{command}", highlight=False, markup=True)
-    return 1 if faults else 0
+            fuzz(Settings(data=Path(folder), tls_port=0), findings, max_examples=options.examples, seed=seed)
+        console.print(f"{findings.num_cases:,} requests, {len(findings.faults)} kinds of fault (seed {seed})")
+        if findings.num_cases >= options.cases:
+            break
+    return 1 if findings.faults else 0
 
 
 if __name__ == "__main__":
