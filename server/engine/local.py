@@ -63,20 +63,22 @@ class _Link:
         self._runs: dict[str, asyncio.Queue[Event | None]] = {}
         self.task = asyncio.create_task(self._keep())
 
-    async def send(self, message: dict[str, Any]) -> None:
-        if self._writer is None:
+    def send(self, message: dict[str, Any]) -> None:
+        """Leave a message for the slot; does not wait until it is read, which a frozen slot never does."""
+        if self._writer is None or self._writer.is_closing():
             raise SlotLost(f"slot {self.info.id} is not connected")
-        try:
-            self._writer.write(_line(message))
-            await self._writer.drain()
-        except OSError as error:
-            raise SlotLost(f"slot {self.info.id} closed its connection") from error
+        self._writer.write(_line(message))
+
+    def cut(self) -> None:
+        """Drop the connection, so that whoever follows a run here learns that it is lost."""
+        if self._writer is not None:
+            self._writer.transport.abort()
 
     async def follow(self, token: str, opening: dict[str, Any]) -> AsyncIterator[list[Event]]:
         queue: asyncio.Queue[Event | None] = asyncio.Queue()
         self._runs[token] = queue
         try:
-            await self.send(opening)
+            self.send(opening)
             while True:
                 batch = [await queue.get()]
                 while not queue.empty():
@@ -100,7 +102,7 @@ class _Link:
                 continue
             try:
                 await self._listen(reader)
-            except (OSError, ValueError) as error:
+            except Exception as error:
                 log.warning("slot_connection_failed", slot_id=self.info.id, error=repr(error))
             finally:
                 await self._down(self._writer)
@@ -109,11 +111,20 @@ class _Link:
         while line := await reader.readline():
             message = json.loads(line)
             self.heard = time.monotonic()
-            if "slot" in message:
-                info = message["slot"]
-                self._update(SlotInfo(**info | {"state": SlotState(info["state"]), "hot": frozenset(info["hot"])}))
-            elif (queue := self._runs.get(message["token"])) is not None:
-                queue.put_nowait(None if message.get("lost") else Event.from_json(message["event"]))
+            try:
+                self._take(message)
+            except Exception:
+                log.exception("slot_message_not_understood", slot_id=self.info.id)
+                token = message.get("token") if isinstance(message, dict) else None
+                if token in self._runs:
+                    self._runs[token].put_nowait(None)  # its account would have a gap
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if "slot" in message:
+            info = message["slot"]
+            self._update(SlotInfo(**info | {"state": SlotState(info["state"]), "hot": frozenset(info["hot"])}))
+        elif (queue := self._runs.get(message["token"])) is not None:
+            queue.put_nowait(None if message.get("lost") else Event.from_json(message["event"]))
 
     def _update(self, info: SlotInfo) -> None:
         changed = info != self.info
@@ -164,11 +175,12 @@ class LocalEngine:
         await self._tell(slot_id, {"op": "cancel", "token": token})
 
     async def kill(self, slot_id: str) -> None:
-        """End a slot that does not stop when asked."""
-        pid = self._links[slot_id].info.pid
-        if pid is not None:
+        """End a slot that does not stop when asked; its run is lost at once, also if the system cannot end it."""
+        link = self._links[slot_id]
+        if link.info.pid is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(link.info.pid, signal.SIGKILL)
+        link.cut()
 
     async def close(self) -> None:
         """Let go of the slots."""
@@ -178,7 +190,7 @@ class LocalEngine:
 
     async def _tell(self, slot_id: str, message: dict[str, Any]) -> None:
         with contextlib.suppress(SlotLost):
-            await self._links[slot_id].send(message)
+            self._links[slot_id].send(message)
 
 
 class Host(Protocol):

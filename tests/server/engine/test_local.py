@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 from server.engine import Emit, Event, SlotInfo, SlotLost, SlotState, Work
-from server.engine.local import LocalEngine, SlotListener
+from server.engine.local import LocalEngine, SlotListener, socket_path
 from server.ledger.states import NewLog, Outcome
 
 
@@ -36,7 +40,7 @@ Story = Callable[[LocalEngine, StepwiseHost], Awaitable[None]]
 
 
 async def until_state(engine: LocalEngine, state: SlotState) -> SlotInfo:
-    for _ in range(500):
+    for _ in range(2000):
         (info,) = engine.slots()
         if info.state is state:
             return info
@@ -200,3 +204,69 @@ def test_a_dead_slot_ends_the_following(tmp_path: Path) -> None:
         await engine.close()
 
     asyncio.run(scene())
+
+
+def message(**fields: object) -> bytes:
+    return json.dumps(fields).encode() + b"\n"
+
+
+def test_a_message_that_is_not_understood_costs_its_run_only(tmp_path: Path) -> None:
+    """The connection outlives any message; a run that misses an event of its own is lost rather than without end."""
+
+    async def scene() -> None:
+        facts = {**vars(SlotInfo(id="0", state=SlotState.READY)), "hot": []}
+
+        async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b'{"slot": {"unheard": "of"}}\n' + b"[]\n{}\n" + message(slot=facts))
+            await reader.readline()
+            writer.write(message(token="t", event={"seq": 1}) + message(slot=facts | {"detail": "still here"}))
+            await reader.read()
+            writer.close()
+
+        async with await asyncio.start_unix_server(talk, str(socket_path(tmp_path, "0"))):
+            engine = LocalEngine(tmp_path, ["0"], lambda: None)
+            await until_state(engine, SlotState.READY)
+
+            (result,) = await asyncio.gather(collect(engine.run("0", WORK)), return_exceptions=True)
+
+            assert isinstance(result, SlotLost)
+            await asyncio.sleep(0.05)
+            assert (await until_state(engine, SlotState.READY)).detail == "still here"
+            await engine.close()
+
+    asyncio.run(asyncio.wait_for(scene(), 10.0))
+
+
+FROZEN = """
+import asyncio, sys, time
+from pathlib import Path
+from server.engine.local import SlotListener
+class Host:
+    device = weights = detail = ""
+    def load(self): return frozenset({"echo"})
+    def run(self, work, emit, is_cancelled): time.sleep(300)
+asyncio.run(SlotListener(Path(sys.argv[1]), "0", Host()).serve())
+"""
+
+
+def test_a_frozen_slot_holds_nobody_up_and_can_be_killed(tmp_path: Path) -> None:
+    """Telling a stopped process any amount never waits; killing it ends the following of its run."""
+
+    async def scene() -> None:
+        process = subprocess.Popen([sys.executable, "-c", FROZEN, str(tmp_path)])
+        engine = LocalEngine(tmp_path, ["0"], lambda: None)
+        await until_state(engine, SlotState.READY)
+        following = asyncio.create_task(collect(engine.run("0", WORK)))
+        await until_state(engine, SlotState.BUSY)
+        process.send_signal(signal.SIGSTOP)
+
+        for _ in range(1000):
+            await engine.cancel("0", "x" * 1000)
+        await engine.kill("0")
+        (result,) = await asyncio.gather(following, return_exceptions=True)
+
+        assert isinstance(result, SlotLost)
+        assert process.wait() == -signal.SIGKILL
+        await engine.close()
+
+    asyncio.run(asyncio.wait_for(scene(), 30.0))
