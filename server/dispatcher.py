@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -105,7 +107,7 @@ class Dispatcher:
         await self._stop_cancelled()
         await self._webhooks.send_due()
         await self._beat()
-        await self._sweep()
+        self._sweep_in_time()
 
     async def _adopt(self) -> None:
         """Take up the runs that nobody follows: after a restart of this process, or when the ledger failed us."""
@@ -161,9 +163,7 @@ class Dispatcher:
 
     def _follow(self, run: _Run, batches: AsyncIterator[list[Event]]) -> None:
         self._runs[run.token] = run
-        task = asyncio.create_task(self._watch(run, batches))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._in_background(self._watch(run, batches))
 
     async def _watch(self, run: _Run, batches: AsyncIterator[list[Event]]) -> None:
         """Record what a run reports; if that fails, the next step adopts the run and reads it from its first event."""
@@ -252,12 +252,32 @@ class Dispatcher:
         if due:
             self._next_beat = time.monotonic() + BEAT_S
 
-    async def _sweep(self) -> None:
-        """Forget what is past its retention, files included."""
+    def _sweep_in_time(self) -> None:
+        """Sweep now and then, beside the loop: a store that is out of reach must not hold it up."""
         if time.monotonic() >= self._next_sweep:
-            self._next_sweep = time.monotonic() + SWEEP_S
+            self._next_sweep = math.inf  # one at a time
+            self._in_background(self._sweep())
+
+    async def _sweep(self) -> None:
+        """Forget what is past its retention, files included; what cannot be deleted is left to the next sweep."""
+        try:
+            deleted = []
             for key in await self._ledger.sweep(time.time()):
-                await self._storage.delete(key)
+                try:
+                    await self._storage.delete(key)
+                    deleted.append(key)
+                except Exception as error:
+                    log.warning("file_not_deleted", key=key, reason=str(error))
+            await self._ledger.deleted(deleted)
+        except Exception:
+            log.exception("sweep_failed")
+        finally:
+            self._next_sweep = time.monotonic() + SWEEP_S
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _tell_gateway(self) -> None:
         ring(self._settings.run_dir, "gateway")

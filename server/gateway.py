@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from server.uploads import Uploads
 from server.wakeup import Bell, Ringer
 
 ADMISSION_S = 3600.0
+RECORDING_S = 60.0
 POLL_S = 0.5  # a bell that was missed delays no longer than this
 
 
@@ -43,10 +45,20 @@ class Gateway:
         """Store an input under the name of its content; returns the key."""
         key = await asyncio.to_thread(input_key, data)
         # Held before it is there and before its request is: whatever happens next, the sweep finds it in its time.
-        await self.ledger.hold_blob(Blob(key, "admission", time.time() + ADMISSION_S))
+        if not await self._hold(key, ADMISSION_S):
+            # An old file of this name is being deleted, and this one would be in its place.
+            key = f"{key}-{secrets.token_hex(8)}"
+            await self._hold(key, ADMISSION_S)
         if await self.storage.head(key) is None:
             await self.storage.put_bytes(key, data)
         return key
+
+    async def hold_stored(self, key: str) -> bool:
+        """Keep a file of ours until the request that names it is recorded; False when there is no such file."""
+        return await self._hold(key, RECORDING_S) and await self.storage.head(key) is not None
+
+    async def _hold(self, key: str, seconds: float) -> bool:
+        return await self.ledger.hold_blob(Blob(key, "admission", time.time() + seconds))
 
     async def cancel(self, request_id: str) -> CancelAnswer:
         """Cancel a request and tell the dispatcher."""

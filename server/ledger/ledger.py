@@ -28,6 +28,8 @@ from server.settings import Settings
 SLOT_SILENCE_S = 15.0  # a slot not heard of for so long is not ready
 SHORT_RETENTION_S = 3600.0  # fal keeps what may not be stored for an hour, too
 SWEEP_BATCH = 500
+MAX_DOOMED = 10_000  # files deleted by one sweep; the next one deletes the rest
+SWEEP = "sweep"  # holder of files that are to be deleted
 EXACT_POSITIONS = 500  # deeper in the queue, positions may be a second old
 POSITIONS_AGE_S = 1.0
 
@@ -251,17 +253,37 @@ class Ledger:
 
     # -- files and retention -------------------------------------------------------------------------------------
 
-    async def hold_blob(self, blob: Blob) -> None:
-        """Keep a stored file for a holder until a time."""
-        await self._db.write(lambda db: db.run("hold_blob", key=blob.key, holder=blob.holder, expires=blob.expires))
+    async def hold_blob(self, blob: Blob) -> bool:
+        """Keep a stored file for a holder until a time; False when it is about to be deleted, or was just now."""
+
+        def write(db: Writer) -> bool:
+            if db.rows("is_doomed", key=blob.key, holder=SWEEP)[0][0]:
+                return False
+            db.run("hold_blob", key=blob.key, holder=blob.holder, expires=blob.expires)
+            return True
+
+        return await self._db.write(write)
 
     async def sweep(self, now: float) -> list[str]:
-        """Forget what is past its retention; returns the keys of files that nobody holds any more."""
-        keys: list[str] = []
+        """Forget what is past its retention; returns the keys of files to delete.
+
+        Nobody can hold these any more, so that they can be deleted in peace. They are returned again until `deleted`
+        is told of them.
+        """
         while batch := await self._db.scan("outdated", now=now, limit=SWEEP_BATCH):
-            keys += await self._db.write(partial(_forget, ids=[row[0] for row in batch]))
-        keys += await self._db.write(lambda db: _unheld(db, [row[0] for row in db.rows("expire_blobs", now=now)]))
-        return keys
+            await self._db.write(partial(_forget, ids=[row[0] for row in batch]))
+        await self._db.write(lambda db: _doom_unheld(db, [row[0] for row in db.rows("expire_blobs", now=now)]))
+        return [row[0] for row in await self._db.scan("doomed", holder=SWEEP, limit=MAX_DOOMED)]
+
+    async def deleted(self, keys: Sequence[str]) -> None:
+        """Record that these files of a sweep are gone; their names are free again."""
+
+        def write(db: Writer) -> None:
+            for key in keys:
+                db.run("forget_blob", key=key, holder=SWEEP)
+
+        if keys:
+            await self._db.write(write)
 
     # -- slots and small facts -----------------------------------------------------------------------------------
 
@@ -342,6 +364,7 @@ class Ledger:
         return True
 
     def _finish(self, db: Writer, request: RequestRow, outcome: Outcome, now: float) -> None:
+        db.run("let_go_inputs", id=request.id, now=now)
         expires_s = db.rows("expires_s", id=request.id)[0][0]
         for key in outcome.blobs:
             db.run("hold_blob", key=key, holder=request.id, expires=None if expires_s is None else now + expires_s)
@@ -382,14 +405,16 @@ def _log_columns(line: NewLog) -> dict[str, Any]:
     return {"timestamp": line.timestamp, "level": line.level, "message": message}
 
 
-def _forget(db: Writer, ids: list[str]) -> list[str]:
+def _forget(db: Writer, ids: list[str]) -> None:
     released: list[str] = []
     for request_id in ids:
         released += [row[0] for row in db.rows("release_blobs", id=request_id)]
         for name in ("forget_logs", "forget_outbox", "forget_request"):
             db.run(name, id=request_id)
-    return _unheld(db, released)
+    _doom_unheld(db, released)
 
 
-def _unheld(db: Writer, keys: list[str]) -> list[str]:
-    return [key for key in dict.fromkeys(keys) if not db.rows("is_held", key=key)[0][0]]
+def _doom_unheld(db: Writer, keys: list[str]) -> None:
+    for key in dict.fromkeys(keys):
+        if not db.rows("is_held", key=key)[0][0]:
+            db.run("hold_blob", key=key, holder=SWEEP, expires=None)

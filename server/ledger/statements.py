@@ -214,6 +214,16 @@ STATEMENTS: dict[str, ClauseElement | Upsert] = {
     "expire_blobs": delete(blobs)
     .where(blobs.c.expires.is_not(None), blobs.c.expires <= bindparam("now"))
     .returning(blobs.c.key),
+    # What a request was given by name goes at its own time, once the request needs it no longer.
+    "let_go_inputs": update(blobs)
+    .where(blobs.c.holder == bindparam("id"), blobs.c.expires.is_(None), not_(blobs.c.key.startswith("in/")))
+    .values(expires=bindparam("now")),
+    # A file that nobody holds is doomed: marked in the transaction that finds so, and from then on held by nobody.
+    "is_doomed": select(
+        exists(select(literal(1)).where(blobs.c.key == bindparam("key"), blobs.c.holder == bindparam("holder")))
+    ),
+    "doomed": select(blobs.c.key).where(blobs.c.holder == bindparam("holder")).limit(bindparam("limit")),
+    "forget_blob": delete(blobs).where(blobs.c.key == bindparam("key"), blobs.c.holder == bindparam("holder")),
     "expires_s": select(r.expires_s).where(this),
     "is_held": select(exists(select(literal(1)).where(blobs.c.key == bindparam("key")))),
     # -- slots

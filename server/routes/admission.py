@@ -48,12 +48,11 @@ async def admit(call: Call, payload: Any, *, webhook_url: str | None = None) -> 
         reference = await place_image(call.gateway, job["image"], call.base)
     except InvalidInput as error:
         return replace(new, outcome=model_errors(error.items))
-    is_ours = reference.startswith(f"{BLOB}in/")
     return replace(
         new,
         job={**job, "image": reference},
         logs=tuple(_warn([*_unknown(call.endpoint, payload), *job["warnings"]])),
-        blobs=(reference.removeprefix(BLOB),) if is_ours else (),
+        blobs=(reference.removeprefix(BLOB),) if reference.startswith(BLOB) else (),
     )
 
 
@@ -119,7 +118,7 @@ async def place_image(gateway: Gateway, image_url: str, base: Base) -> str:
     key = own_key(image_url, _own_hosts(gateway, base))
     if key is None:
         return image_url
-    if await gateway.storage.head(key) is None:
+    if not await gateway.hold_stored(key):
         raise _bad_image("file_download_error", DOWNLOAD_FAILED, image_url)
     return BLOB + key
 

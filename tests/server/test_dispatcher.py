@@ -13,7 +13,7 @@ import pytest
 
 from server.dispatcher import Dispatcher, leadership
 from server.engine import Event, SlotInfo, SlotLost, SlotState, Work
-from server.ledger import Ledger, NewLog, NewRequest, Outcome
+from server.ledger import Blob, Ledger, NewLog, NewRequest, Outcome
 from server.settings import Settings
 from server.storage import Storage
 from server.wakeup import Bell
@@ -359,12 +359,44 @@ def test_what_is_past_its_retention_is_forgotten_with_its_files(play: Play, sett
         await scene.dispatcher.step()
         await scene.engine.say(scene.engine.works[0].token, Event(seq=1, outcome=DONE))
 
-        await scene.successor().step()
+        await sweep(scene.successor())
 
         assert await scene.ledger.get("r") is None
         assert await storage.head("out/a.png") is None
 
     play(story)
+
+
+def test_a_file_that_cannot_be_deleted_is_left_to_the_next_sweep(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes no other file with it, and it is not forgotten."""
+
+    async def story(scene: Scene) -> None:
+        storage, delete = Storage.open(scene.settings), Storage.delete
+        for key in ("up/a", "up/b", "up/c"):
+            await storage.put_bytes(key, b"file")
+            await scene.ledger.hold_blob(Blob(key, "upload", 1.0))
+
+        async def delete_badly(self: Storage, key: str) -> None:
+            if key == "up/b":
+                raise PermissionError(key)
+            await delete(self, key)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Storage, "delete", delete_badly)
+            await sweep(scene.dispatcher)
+        left = [key for key in ("up/a", "up/b", "up/c") if await storage.head(key)]
+        await sweep(scene.successor())
+
+        assert left == ["up/b"] and await storage.head("up/b") is None
+        assert await scene.ledger.sweep(2.0) == []
+
+    play(story)
+
+
+async def sweep(dispatcher: Dispatcher) -> None:
+    """One round and the sweep that it begins."""
+    await dispatcher.step()
+    await asyncio.gather(*dispatcher._tasks)
 
 
 def test_there_is_one_leader(tmp_path: Path) -> None:

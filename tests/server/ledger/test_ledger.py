@@ -247,6 +247,34 @@ async def test_files_with_a_life_of_their_own_go_at_their_time(ledger: Ledger) -
 
 
 @in_a_loop
+async def test_nobody_can_hold_a_file_that_is_being_deleted(ledger: Ledger) -> None:
+    """From the moment a sweep names it until it is gone; a sweep that was cut short names it again."""
+    await ledger.hold_blob(Blob("in/a", "admission", 1.0))
+    assert await ledger.sweep(2.0) == ["in/a"]
+
+    assert not await ledger.hold_blob(Blob("in/a", "admission", 99.0))
+    assert await ledger.sweep(3.0) == ["in/a"]
+    await ledger.deleted(["in/a"])
+    assert await ledger.hold_blob(Blob("in/a", "admission", 99.0))
+    assert await ledger.sweep(4.0) == []
+
+
+@in_a_loop
+async def test_an_upload_that_a_request_needs_stays_until_it_is_over(ledger: Ledger) -> None:
+    """Its own time may be up before the request has its turn; after that nothing else keeps it."""
+    await ledger.hold_blob(Blob("up/x", "upload", time.time() + 10))
+    await ledger.submit(new("a", blobs=("up/x",)))
+
+    while_waiting = await ledger.sweep(time.time() + 3600)
+    await ledger.claim("a", "s", "t")
+    while_running = await ledger.sweep(time.time() + 3600)
+    await ledger.complete("a", "t", GOOD)
+
+    assert while_waiting == while_running == []
+    assert await ledger.sweep(time.time() + 1) == ["up/x"]
+
+
+@in_a_loop
 async def test_a_pending_webhook_keeps_its_request(ledger: Ledger) -> None:
     """What is still to be delivered is not forgotten."""
     await ledger.submit(new("a", outcome=GOOD, webhook_url="http://hook"))

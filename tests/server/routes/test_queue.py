@@ -14,6 +14,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from server.errors import model_error
+from server.ledger import Blob
 from server.routes import queue
 from server.settings import Settings
 from server.storage import Storage
@@ -229,13 +230,15 @@ def test_a_url_without_end_is_refused(client: TestClient, slot: FakeSlot, length
 
 
 def test_files_of_ours_are_read_from_the_store(client: TestClient, slot: FakeSlot, app_settings: Settings) -> None:
-    """A result may be the next input, without a detour over the network."""
+    """A result may be the next input, without a detour over the network, and stays for as long as it is needed."""
     asyncio.run(Storage.open(app_settings).put_bytes(PICTURE, b"x"))
+    asyncio.run(slot.ledger.hold_blob(Blob(PICTURE, "upload", time.time() + 1)))
     ours = slot.job(submit(client, {"image_url": f"http://127.0.0.1:8000/files/{PICTURE}"}))
     other = slot.job(submit(client, {"image_url": f"http://elsewhere/files/{PICTURE}"}))
 
     assert ours["image"] == f"blob:{PICTURE}"
     assert other["image"].startswith("http://elsewhere/")
+    assert asyncio.run(slot.ledger.sweep(time.time() + 3600)) == []
 
 
 def events_of(text: str) -> list[dict[str, Any]]:

@@ -127,6 +127,7 @@ def test_uploads_end_when_they_shall(client: TestClient, app_settings: Settings)
     ledger = Ledger.open(app_settings)
 
     swept = asyncio.run(ledger.sweep(time.time() + 90))
+    asyncio.run(ledger.deleted(swept))
     later = asyncio.run(ledger.sweep(time.time() + app_settings.upload_retention_s + 1))
     ledger.close()
 
