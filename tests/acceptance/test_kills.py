@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 @pytest.fixture(scope="module", params=[FAKE, pytest.param(REAL, marks=pytest.mark.slow)], ids=["fake", "real"])
 def victim(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """A server that may be hurt; what becomes of processes shows on the fake pipeline with its known steps."""
-    server = LiveServer(tmp_path_factory.mktemp("victim") / "data", request.param, FAKE_STEP_S="0.05")
+    server = LiveServer(tmp_path_factory.mktemp("victim") / "data", request.param, FAKE_STEP_S="0.03")
     server.start()
     yield server
     assert server.stop() == 0
@@ -82,14 +82,14 @@ def test_a_request_outlives_the_kill_of(
     role: str, victim: LiveServer, hooks: tuple[str, list[dict[str, Any]]], arguments: Arguments
 ) -> None:
     """kill -9 in the middle: the client that polls gets its picture, and there is one result and one webhook."""
-    check_survival(role, victim, hooks, arguments(creativity=1, num_inference_steps=60))
+    check_survival(role, victim, hooks, arguments(creativity=1, num_inference_steps=100))
 
 
 def test_a_request_outlives_its_slot_with_the_real_pipeline(
     server: LiveServer, hooks: tuple[str, list[dict[str, Any]]], arguments: Arguments
 ) -> None:
     """The same with the models: the slot that dies has torch in the middle of a step, and its successor loads again."""
-    check_survival("slot-0", server, hooks, arguments(creativity=1, num_inference_steps=12))
+    check_survival("slot-0", server, hooks, arguments(creativity=1, num_inference_steps=100))
 
 
 def check_survival(
@@ -102,7 +102,7 @@ def check_survival(
         assert client.stdout is not None
         accepted = json.loads(client.stdout.readline())
         status_url = f"{victim.url}{urlsplit(accepted['status_url']).path}"
-        victim.wait_for_log(status_url, "denoise 3/")
+        victim.wait_for_log(status_url, "denoise 1/")
         before = victim.pids()
 
         started = time.monotonic()
@@ -149,7 +149,7 @@ def test_what_waits_in_the_queue_outlives_every_kill(victim: LiveServer, argumen
 def test_a_cancelled_run_frees_its_slot_within_a_step(victim: LiveServer, arguments: Arguments) -> None:
     """The slot takes the next request no later than one denoising step after the cancellation."""
     accepted = victim.submit(ENDPOINT, arguments(creativity=1, num_inference_steps=200))
-    victim.wait_for_log(accepted["status_url"], "denoise 5/")
+    victim.wait_for_log(accepted["status_url"], "denoise 1/")
 
     started = time.monotonic()
     answer = victim.http.put(accepted["cancel_url"])
