@@ -192,18 +192,17 @@ class Supervisor:
         delay_s = FIRST_DELAY_S
         while True:
             started = time.monotonic()
-            child = await asyncio.create_subprocess_exec(
-                *role.argv,
-                "--lifeline",
-                str(line.read_fd),
-                stdin=subprocess.DEVNULL,
-                env=os.environ | role.env,
-                pass_fds=(line.read_fd,),
-                # Ctrl-C at a terminal goes to the whole group; the order of stopping is ours.
-                start_new_session=True,
-            )
+            try:
+                child = await self._start(role, line)
+            except (FileNotFoundError, NotADirectoryError, PermissionError):
+                raise
+            except OSError as error:  # no process, memory or descriptor to be had: another time there may be
+                delay_s = min(delay_s * 2, MAX_DELAY_S)
+                log.error("role_not_started", role=role.name, error=str(error), retry_in_s=delay_s)
+                await asyncio.sleep(delay_s)
+                continue
             self._children[role.name] = child
-            self._write_server_file()
+            self._publish()
             status = await child.wait()
             if self._stopping.is_set():
                 return
@@ -215,6 +214,18 @@ class Supervisor:
             delay_s = FIRST_DELAY_S if lived_s > SETTLED_S else min(delay_s * 2, MAX_DELAY_S)
             log.warning("role_died", role=role.name, status=status, lived_s=round(lived_s, 1), restart_in_s=delay_s)
             await asyncio.sleep(delay_s)
+
+    async def _start(self, role: Role, line: lifeline.Lifeline) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            *role.argv,
+            "--lifeline",
+            str(line.read_fd),
+            stdin=subprocess.DEVNULL,
+            env=os.environ | role.env,
+            pass_fds=(line.read_fd,),
+            # Ctrl-C at a terminal goes to the whole group; the order of stopping is ours.
+            start_new_session=True,
+        )
 
     async def _stop(self, role: Role, keeper: asyncio.Task[None]) -> None:
         child = self._children.get(role.name)
@@ -228,6 +239,16 @@ class Supervisor:
                 log.warning("role_killed", role=role.name, reason=f"still running after {role.stop_s:g} s")
                 child.kill()
         await asyncio.gather(keeper, return_exceptions=True)
+
+    def _publish(self, delay_s: float = FIRST_DELAY_S) -> None:
+        """Write down where the server is; later when it cannot be done now, because the server works without it."""
+        if self._stopping.is_set():
+            return
+        try:
+            self._write_server_file()
+        except OSError as error:
+            log.error("server_file_not_written", error=str(error), retry_in_s=delay_s)
+            asyncio.get_running_loop().call_later(delay_s, self._publish, min(delay_s * 2, MAX_DELAY_S))
 
     def _write_server_file(self) -> None:
         settings = self._settings
@@ -245,5 +266,10 @@ class Supervisor:
         }
         path = server_file(settings)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as draft:
-            json.dump(facts, draft, indent=2)
-        Path(draft.name).replace(path)
+            try:
+                json.dump(facts, draft, indent=2)
+                draft.flush()
+                Path(draft.name).replace(path)
+            except OSError:
+                Path(draft.name).unlink(missing_ok=True)
+                raise

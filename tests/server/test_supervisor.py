@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,6 +103,51 @@ def test_a_supervisor_that_cannot_restart_a_role_ends(settings: Settings, tmp_pa
 
     with pytest.raises(FileNotFoundError):
         asyncio.run(Supervisor(settings, [sleeper("a", tmp_path / "diary"), impossible]).run())
+
+
+def test_a_full_machine_does_not_end_the_server(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that cannot be started and a file that cannot be written are tried again until they can."""
+    settings.make_folders()
+    file = settings.run_dir / "server.json"
+    faults = {
+        Supervisor._start: [BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")] * 2,
+        Supervisor._write_server_file: [OSError(errno.ENOSPC, "No space left on device")] * 2,
+    }
+    for method, errors in faults.items():
+
+        def flawed(*args: Any, method: Callable[..., Any] = method, errors: list[OSError] = errors) -> Any:
+            if errors:
+                raise errors.pop()
+            return method(*args)
+
+        monkeypatch.setattr(Supervisor, method.__name__, flawed)
+
+    async def scene() -> int:
+        running = asyncio.create_task(Supervisor(settings, [sleeper("a", tmp_path / "diary")]).run())
+        await until(lambda: lines_of(tmp_path / "diary") == ["started a"] and file.exists())
+        os.kill(os.getpid(), signal.SIGTERM)
+        return await running
+
+    assert asyncio.run(scene()) == 0
+    assert list(faults.values()) == [[], []]
+    assert not file.exists()
+
+
+def test_a_draft_that_does_not_fit_is_removed(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trying again on a full disk does not fill it further."""
+    settings.make_folders()
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("server.supervisor.json.dump", fail)
+
+    with pytest.raises(OSError, match="No space"):
+        Supervisor(settings, [])._write_server_file()
+
+    assert list(settings.run_dir.iterdir()) == []
 
 
 def test_the_roles_die_with_a_killed_supervisor(settings: Settings, tmp_path: Path) -> None:
