@@ -75,8 +75,11 @@ async def get_call(request: Request) -> Call:
     gateway: Gateway = request.app.state.gateway
     subject = f'Cannot access application "{owner}/{alias}". {NotAuthenticated.__doc__}'
     authorization = request.headers.get("authorization")
-    if authorization is None and b"fal_jwt_token=" in request.scope["query_string"]:
-        caller = _token_holder(gateway, request.query_params["fal_jwt_token"], owner, alias)
+    # The query is parsed only when it may hold a token: most are empty.
+    may_hold = authorization is None and b"fal_jwt_token" in request.scope["query_string"]
+    token = request.query_params.get("fal_jwt_token") if may_hold else None
+    if token is not None:
+        caller = _token_holder(gateway, token, owner, alias)
     else:
         caller = gateway.keyring.identify(authorization, subject)
     endpoint = ENDPOINTS.get(f"{owner}/{alias}")

@@ -60,3 +60,10 @@ def test_what_is_open_and_what_is_not(app_settings: Settings) -> None:
     )
     assert wrong.status_code == 401 and known.status_code == 404
     assert opened == [200, 503, 404]
+
+
+@pytest.mark.parametrize("query", ["?xfal_jwt_token=1", "?a=fal_jwt_token=", "?fal_jwt_token=", "?fal_jwt_token"])
+def test_a_query_that_only_resembles_a_token_is_no_key(app_settings: Settings, query: str) -> None:
+    """Strangers are told so, whatever their query looks like."""
+    with TestClient(create_app(Settings(data=app_settings.data, api_keys="one"))) as client:
+        assert client.get(f"/queue/{APP}/requests/1/status{query}").status_code == 401
