@@ -79,6 +79,9 @@ class Settings(BaseSettings):
     slots: int | Literal["auto"] = Field("auto", description="Slots to run; auto is one per GPU, one on a CPU.")
     max_attempts: int = Field(3, ge=1, description="Times a request is tried when its slot dies under it.")
     cancel_grace_s: float = Field(30.0, gt=0, description="Seconds a slot has to stop before it is killed.")
+    run_silence_s: float = Field(
+        600.0, gt=0, description="Seconds without a sign of a run, such as a step, before its slot is killed."
+    )
 
     max_body_mb: float = Field(64.0, gt=0, description="Largest request body, MB of 2^20 bytes.")
     max_upload_mb: float = Field(1024.0, gt=0, description="Largest uploaded file, MB of 2^20 bytes.")
@@ -123,6 +126,13 @@ class Settings(BaseSettings):
     def _check_ports(self) -> Settings:
         if self.fal_proxy_port and not self.tls_port:
             raise ValueError("fal_proxy_port leads to tls_port, which is off: set tls_port as well")
+        return self
+
+    @model_validator(mode="after")
+    def _check_certificate(self) -> Settings:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            given, missing = ("tls_key", "tls_cert") if self.tls_cert is None else ("tls_cert", "tls_key")
+            raise ValueError(f"{given} is of no use without {missing}: set both, or neither for a certificate of ours")
         return self
 
     @property

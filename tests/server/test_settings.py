@@ -52,6 +52,13 @@ def test_a_misspelt_setting_in_the_file_is_an_error(tmp_path: Path) -> None:
         Settings(data=tmp_path)
 
 
+@pytest.mark.parametrize(("given", "missing"), [("tls_cert", "tls_key"), ("tls_key", "tls_cert")])
+def test_half_a_certificate_is_an_error(tmp_path: Path, given: str, missing: str) -> None:
+    """An operator who forgot one of the two must not be served with a certificate of ours."""
+    with pytest.raises(ValidationError, match=f"{given} is of no use without {missing}"):
+        Settings(data=tmp_path, **{given: tmp_path / "file.pem"})
+
+
 def test_a_deep_data_folder_gets_short_socket_paths(tmp_path: Path) -> None:
     """Unix sockets fit their 107 bytes wherever the data lies, and stay where they were."""
     deep = tmp_path / ("d" * 120)
