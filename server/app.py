@@ -107,7 +107,11 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
             bell=bell,
             dispatcher=dispatcher,
         )
-        yield
+        sweeping = asyncio.create_task(app.state.gateway.uploads.sweep_in_time())
+        try:
+            yield
+        finally:
+            sweeping.cancel()
 
 
 async def answer_known(request: Request, error: Exception) -> Response:

@@ -13,6 +13,8 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import structlog
+
 from server.errors import BadRequest, BodyTooLarge
 from server.ledger import Blob, Ledger
 from server.storage import Storage, StorageUnavailable, content_type_of, suffix_of, upload_key
@@ -21,7 +23,10 @@ HOLDER = "upload"
 WRITE_BYTES = 2**20
 MAX_PARTS = 10_000
 ABANDONED_S = 86400.0
+SWEEP_S = 3600.0
 UPLOAD_ID = re.compile(r"[A-Za-z0-9_-]{16,64}", re.ASCII)
+
+log = structlog.get_logger()
 
 
 def place_upload(file_name: str, content_type: str) -> str:
@@ -100,9 +105,19 @@ class Uploads:
                 if time.time() - path.stat().st_mtime > ABANDONED_S:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
+    async def sweep_in_time(self) -> None:
+        """Sweep every hour until cancelled."""
+        while True:
+            try:
+                await asyncio.to_thread(self.sweep)
+            except OSError:
+                log.exception("upload_sweep_failed")
+            await asyncio.sleep(SWEEP_S)
+
     async def _keep(self, key: str, draft: Path, expires_s: float) -> None:
-        await self._storage.put_file(key, draft)
+        # Held before it is stored, so that no file is there of which the sweep does not know.
         await self._ledger.hold_blob(Blob(key, HOLDER, time.time() + expires_s))
+        await self._storage.put_file(key, draft)
 
     async def _write(self, draft: Path, chunks: AsyncIterator[bytes]) -> str:
         digest, size = hashlib.sha256(), 0
@@ -111,20 +126,20 @@ class Uploads:
                 size += len(block)
                 if size > self._max_bytes:
                     raise BodyTooLarge(self._max_bytes)
-                try:
-                    await asyncio.to_thread(_write_block, file, block, digest)
-                except OSError as error:
-                    raise StorageUnavailable(str(error)) from error
+                await asyncio.to_thread(_write_block, file, block, digest)
         return digest.hexdigest()[:32]
 
     @contextlib.contextmanager
     def _draft(self) -> Iterator[Path]:
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         draft = self._folder / f"draft-{secrets.token_hex(8)}"
         try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             yield draft
+        except OSError as error:
+            raise StorageUnavailable(str(error)) from error
         finally:
-            draft.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                draft.unlink(missing_ok=True)
 
 
 def part_names(parts: Sequence[Any]) -> list[str]:

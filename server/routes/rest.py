@@ -6,7 +6,6 @@ put to without a key, or in the id of a Python client's multipart upload. `stora
 
 from __future__ import annotations
 
-import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
@@ -46,7 +45,6 @@ async def initiate(request: Request, gateway: GatewayDep, base: BaseDep, caller:
     payload = await _json(request)
     key = place_upload(_text(payload, "file_name"), _text(payload, "content_type"))
     ticket = _ticket(gateway, key, request)
-    await asyncio.to_thread(gateway.uploads.sweep)
     location, _, signature = ticket.partition(".")
     upload_url = f"{base.root}/storage/upload/{location}?signature={signature}"
     return _answer({"upload_url": upload_url, "file_url": file_url(base.root, key)})
@@ -119,7 +117,6 @@ async def begin_multipart(request: Request, gateway: GatewayDep, base: BaseDep) 
     """Begin an upload in parts; they are put below the file's own URL."""
     _check_uploader(request, gateway)
     key = _named_by_headers(request)
-    await asyncio.to_thread(gateway.uploads.sweep)
     return _answer({"access_url": file_url(base.root, key), "uploadId": _ticket(gateway, key, request)})
 
 
