@@ -23,7 +23,10 @@ from server.endpoints.endpoint import Endpoint, Job
 from server.errors import detail_item
 from server.schemas import BLOB, Image
 
-MAX_PROMPT = 20_000  # characters; far beyond what any prompt uses, and short of what would occupy a slot
+# Characters of each text; no published prompt is as long. Every cross-attention attends to every chunk of 75 tokens:
+# prompt and suffix of this length make 27 chunks of English (4 characters a token), and 427 at the worst (rare
+# characters, a token for each of their 4 bytes), which is still no more than some self-attentions.
+MAX_PROMPT = 4_000
 MAX_SEED = 2**63 - 1  # what every random generator of the pipeline takes
 NEGATIVE_PROMPT = (
     "blurry, low resolution, bad, ugly, low quality, pixelated, interpolated, compression artifacts, noisey, grainy"
