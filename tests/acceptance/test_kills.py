@@ -89,7 +89,7 @@ def test_a_request_outlives_its_slot_with_the_real_pipeline(
     server: LiveServer, hooks: tuple[str, list[dict[str, Any]]], arguments: Arguments
 ) -> None:
     """The same with the models: the slot that dies has torch in the middle of a step, and its successor loads again."""
-    check_survival("slot-0", server, hooks, arguments(creativity=1, num_inference_steps=100))
+    check_survival("slot-0", server, hooks, arguments(creativity=1, num_inference_steps=30))
 
 
 def check_survival(
