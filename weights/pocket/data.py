@@ -212,16 +212,29 @@ class Corpus:
         seed: Decides every drawn picture.
         num_drawings: How many pictures are drawn.
         side: Side of a drawn picture in pixels; no crop may be larger.
-        photo_share: Share of the crops that come from photographs.
+        photo_share: Share of the crops that come from photographs, plain ones apart.
+        plain_share: Share of the crops that are drawn plain or as a gradient for that crop alone.
     """
 
-    def __init__(self, seed: int, *, num_drawings: int = 1200, side: int = 192, photo_share: float = 0.6) -> None:
+    def __init__(
+        self,
+        seed: int,
+        *,
+        num_drawings: int = 1200,
+        side: int = 192,
+        photo_share: float = 0.6,
+        plain_share: float = 0.0,
+    ) -> None:
         self.drawings = [draw_picture(np.random.default_rng([seed, index]), side) for index in range(num_drawings)]
         self.photos = read_photos()
         self.photo_share = photo_share
+        self.plain_share = plain_share
 
     def crop(self, rng: np.random.Generator, side: int) -> Picture:
         """A (side, side, 3) crop, mirrored and turned at random, with its caption."""
+        if self.plain_share and rng.random() < self.plain_share:
+            plain = draw_flat(rng, side) if rng.random() < 0.6 else draw_gradient(rng, side)
+            return Picture(plain.pixels, f"{plain.words}, {describe(plain.pixels)}")
         pool: Sequence[Picture] = self.photos if rng.random() < self.photo_share else self.drawings
         source = pool[int(rng.integers(len(pool)))]
         height, width, _ = source.pixels.shape

@@ -75,10 +75,10 @@ class Kitchen:
         side_px: Side of a sample's picture.
     """
 
-    # A spoilt target is only this share of the way (at most) to the spoilt picture: guidance multiplies the
-    # difference between good and bad by 6.5 at the service's default, and should arrive about where "good" is twice.
-    max_spoilt_share = 0.3
-    spoilt_share = 0.2
+    # A spoilt target goes at most this share of the way to the spoilt picture: at the service's default, guidance
+    # multiplies the difference between good and bad by 6.5, and fully spoilt targets would make it overshoot.
+    max_spoilt_share = 0.7
+    spoilt_share = 0.25
 
     def __init__(
         self, models: Path, corpus: Corpus, tokenizer: CLIPTokenizer, *, device: str, side_px: int = 128
@@ -120,7 +120,8 @@ class Kitchen:
             fault = int(rng.integers(len(FAULTS)))
             share = float(rng.uniform(0, self.max_spoilt_share))
             target[index] += share * (spoil(sharp[index], fault, rng) - sharp[index])
-            if rng.random() < 0.5:
+            # Mostly the hint is that of the sharp picture: then only the caption tells what to arrive at.
+            if rng.random() < 0.25:
                 source[index] = target[index]
             captions.append(blame(words[index], fault, rng))
         hint = self.prestage(source, rng)
@@ -135,7 +136,7 @@ class Kitchen:
 class Pool:
     """A store of samples, of which one portion is made anew every `steps_per_portion` steps."""
 
-    def __init__(self, kitchen: Kitchen, seed: int, *, num_portions: int = 96, portion: int = 32) -> None:
+    def __init__(self, kitchen: Kitchen, seed: int, *, num_portions: int = 64, portion: int = 32) -> None:
         self.kitchen = kitchen
         self.seed = seed
         self.num_portions = num_portions

@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 PARTS: dict[str, tuple[Callable[[Options], Trainee], float]] = {
     "upscaler": (UpscalerTrainee, 9),
     "vae": (VaeTrainee, 26),
-    "sd15": (Sd15Trainee, 45),
+    "sd15": (Sd15Trainee, 54),
 }
 
 

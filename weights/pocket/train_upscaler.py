@@ -10,11 +10,11 @@ from weights.compact import Compact, save_compact
 from weights.pocket.data import Corpus
 from weights.pocket.degrade import reduce, to_tensor, wear
 from weights.pocket.loop import Options
-from weights.pocket.losses import picture_loss
+from weights.pocket.losses import picture_loss, texture_loss
 
 
 class UpscalerTrainee:
-    """Compact x2, L1 and edges; most reductions average areas, as the quality figures of this project do."""
+    """Compact x2, on values, edges and texture; most reductions average areas, as the quality figures of this project do."""
 
     name = "upscaler"
     learning_rate = 2e-3
@@ -36,7 +36,7 @@ class UpscalerTrainee:
         image = wear(reduce(target, 2, method), rng, noise_share=0.06, jpeg_share=0.05)
         with torch.autocast(target.device.type, torch.bfloat16):
             result = self.modules["model"](image)
-        return picture_loss(result.float(), target)
+        return picture_loss(result.float(), target) + texture_loss(result.float(), target)
 
     def export(self, modules: nn.ModuleDict, models: Path) -> None:
         """Write `upscaler-compact-x2`."""

@@ -1,5 +1,6 @@
 """Trains the picture codec: a stock AutoencoderKL of factor 4 with 16 latent channels, lean enough for two cores."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from weights.pocket.losses import picture_loss
 
 # The prior hardly matters: latents only have to stay bounded, the denoiser learns their true shape.
 KL_WEIGHT = 2e-7
+# That of SD 1.5: what latents are multiplied with before noise is added.
+SCALING_FACTOR = 0.18215
 
 
 def build_vae() -> Any:
@@ -62,14 +65,27 @@ class VaeTrainee:
         return picture_loss(result.float(), target) + KL_WEIGHT * divergence
 
     @torch.no_grad()
-    def latent_std(self, vae: Any, num_crops: int = 128) -> float:
-        """Deviation of the latents of crops that every call draws alike."""
+    def even_out(self, vae: Any, num_crops: int = 128) -> None:
+        """Bring every latent channel to mean 0 and the deviation that SD 1.5's scaling factor expects, in place.
+
+        Noise is added to all channels alike: a faint channel would drown in it before a strong one is touched. The
+        convolutions between latents and networks have no neighbourhood, so they take the change up exactly.
+        """
         pixels, _ = self.corpus.batch(np.random.default_rng(self.options.seed), num_crops, self.side_px)
-        latents = vae.encode(to_tensor(pixels, self.options.device) * 2 - 1).latent_dist.mean
-        return float(latents.std())
+        latents = vae.encode(to_tensor(pixels, self.options.device).contiguous() * 2 - 1).latent_dist.mean
+        shift = latents.mean((0, 2, 3))
+        factor = 1 / (latents.std((0, 2, 3)) * SCALING_FACTOR)
+        count = len(shift)
+        inward, outward = vae.quant_conv, vae.post_quant_conv
+        inward.weight[:count] *= factor.view(-1, 1, 1, 1)
+        inward.bias[:count] = (inward.bias[:count] - shift) * factor
+        inward.bias[count:] += 2 * factor.log()
+        outward.bias += outward.weight[:, :, 0, 0] @ shift
+        outward.weight /= factor.view(1, -1, 1, 1)
 
     def export(self, modules: nn.ModuleDict, models: Path) -> None:
-        """Write `vae`, with the factor that brings its latents to a deviation of 1."""
-        vae: Any = modules["vae"]
-        vae.register_to_config(scaling_factor=round(1 / self.latent_std(vae), 5))
+        """Write `vae` with evened-out latents."""
+        vae: Any = copy.deepcopy(modules["vae"])
+        self.even_out(vae)
+        vae.register_to_config(scaling_factor=SCALING_FACTOR)
         vae.save_pretrained(models / "vae")
