@@ -91,7 +91,7 @@ def measure(original: Image.Image, result: Image.Image, recipe: Mapping[str, Any
         "detail": metrics.detail(result) / metrics.detail(lanczos),
         "original": metrics.detail(original) / metrics.detail(lanczos),
         "colour": metrics.colour_shift(result, source),
-        "border": metrics.border_gradient(result, lanczos, *borders(recipe)),
+        "border": metrics.border_gradient(result, original, *borders(recipe)),
     }
 
 

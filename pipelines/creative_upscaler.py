@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 import diffusers
 import numpy as np
+import psutil
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
@@ -35,7 +36,7 @@ from pipelines.progress import Progress, Stages
 from pipelines.schedules import detail_factor, make_scheduler, sigma_bounds, sigma_ramp
 from pipelines.sd15 import Conditioning, StableDiffusion15
 from pipelines.tiling import Grid, fit_grid
-from pipelines.vae import TiledVAE, pad_to_multiple
+from pipelines.vae import OnTile, TiledVAE, pad_to_multiple
 from weights.compact import load_compact
 from weights.store import WeightStore
 
@@ -87,6 +88,12 @@ class Result:
     recipe: dict[str, Any]
 
 
+MAX_SIDE_PX = 65_535
+"""Longest side of a result: what JPEG viewers and most tools can take."""
+BYTES_PER_PX = 40
+"""Pictures that are in memory at once: source, pre-stage picture, its padded copy (float32) and the VAE's residue."""
+
+
 class CreativeUpscaler:
     """The pipeline with its models loaded on one device."""
 
@@ -134,26 +141,49 @@ class CreativeUpscaler:
         stages = Stages(progress)
         with stages.stage("decode"):
             picture = decode(image, max_pixels=_input_limit(params, limits))
-            width, height = plan_size(picture.width, picture.height, params, limits)
+            width, height = plan_size(picture.width, picture.height, params, limits, multiple=self.padding_multiple)
+            self._check_memory(picture, width, height)
         started = time.perf_counter()
         with stages.stage("preupscale"):
             source = picture.rgb if picture.alpha is None else bleed_edges(picture.rgb, picture.alpha)
-            before = self.prestage(to_tensor(source), (height, width))
+            before = self.prestage(to_tensor(source), (height, width), on_tile=lambda: stages.beat("preupscale"))
         grid = self._grid(height, width)
         recipe = self._recipe(picture, params, (width, height), grid)
         bands = self._redraw(before, grid, params, stages) if params.strength > 0 else lambda vae: iter([before])
         with stages.stage("vae_decode"):
             start = output.tell()
+            overflowed = False
             try:
                 self._write(bands(self.vae), picture, (width, height), recipe, output)
             except NonFiniteResult:
-                if self.vae.dtype == torch.float32:
+                overflowed = self.vae.dtype != torch.float32
+                if not overflowed:
                     raise
+            if overflowed:
                 stages.remark("vae_decode", "The 16-bit decode overflowed; decoding again in 32 bits.")
                 output.truncate(output.seek(start))
                 self._write(bands(self.vae.in_float32()), picture, (width, height), recipe, output)
         stages.timings["inference"] = time.perf_counter() - started
         return Result(width=width, height=height, seed=params.seed, timings=stages.timings, recipe=recipe)
+
+    def _check_memory(self, picture: Picture, width: int, height: int) -> None:
+        """Refuse what would not fit into memory, rather than be killed for it halfway.
+
+        Raises:
+            ImageTooLarge: The picture needs more memory than is free.
+        """
+        free = psutil.virtual_memory().available
+        needed = width * height * (BYTES_PER_PX + self.vae.bytes_per_px)
+        if needed > free:
+            shrink = math.sqrt(free / needed)
+            raise ImageTooLarge(
+                f"A result of {width} x {height} pixels needs about {needed / 2**30:.1f} GiB of memory and "
+                f"{free / 2**30:.1f} GiB are free.",
+                width=picture.width,
+                height=picture.height,
+                max_width=max(1, int(picture.width * shrink)),
+                max_height=max(1, int(picture.height * shrink)),
+            )
 
     def _grid(self, height: int, width: int) -> Grid:
         """Tiles for a picture of `height` x `width` px, padded to what VAE and UNet can halve."""
@@ -179,7 +209,7 @@ class CreativeUpscaler:
                 controlnet_conditioning_scale=params.controlnet_conditioning_scale,
             )
         with stages.stage("vae_encode"):
-            start = self.vae.encode(padded).float()
+            start = self.vae.encode(padded, on_tile=lambda: stages.beat("vae_encode")).float()
         final = self._denoise(start, grid, conditioning, params, stages)
         kept = faithfulness(params.strength)
         # Structures of about four pixels of the input are tones: they are known, not to be imagined.
@@ -189,7 +219,7 @@ class CreativeUpscaler:
             return wavelet_match(rows, reference, levels=levels, chroma_levels=max(1, levels - 2), amount=kept)
 
         def bands(vae: TiledVAE) -> Iterator[Tensor]:
-            pairs = _compensated(vae, start, final, padded, weight=kept)
+            pairs = _compensated(vae, start, final, padded, weight=kept, on_tile=lambda: stages.beat("vae_decode"))
             return cut(filter_bands(pairs, match, halo=halo_rows(levels)), *before.shape[-2:])
 
         return bands
@@ -254,29 +284,41 @@ class CreativeUpscaler:
         }
 
 
-def plan_size(width: int, height: int, params: Params, limits: Limits) -> tuple[int, int]:
+def plan_size(width: int, height: int, params: Params, limits: Limits, *, multiple: int = 1) -> tuple[int, int]:
     """Output size (width, height) in px for an input of `width` x `height`: each side times the scale, rounded.
+
+    What counts is the picture as it is worked on, with sides padded to `multiple`: a strip of one pixel is cheap to
+    send and dear to make.
 
     Raises:
         InvalidParams: The scale is below 1.
-        ImageTooLarge: The output would have more pixels than the limits allow.
+        ImageTooLarge: The output would have more pixels, or a longer side, than is allowed.
     """
     if params.scale < 1:
         raise InvalidParams("scale", f"scale must be at least 1, got {params.scale}")
-    new_width, new_height = round(width * params.scale), round(height * params.scale)
     most = limits.max_large_output_pixels if params.allow_large else limits.max_output_pixels
-    if new_width * new_height > most:
-        shrink = math.sqrt(most / (new_width * new_height))
+
+    def planned(shrink: float) -> tuple[int, int, float]:
+        """The output size for an input shrunk by a factor, and how many times too large it is."""
+        sides = [round(max(1, int(side * shrink)) * params.scale) for side in (width, height)]
+        padded = [-(-side // multiple) * multiple for side in sides]
+        return sides[0], sides[1], max(padded[0] * padded[1] / most, (max(sides) / MAX_SIDE_PX) ** 2)
+
+    new_width, new_height, excess = planned(1.0)
+    if excess > 1:
+        shrink = 1.0
+        while (over := planned(shrink)[2]) > 1:
+            shrink *= min(0.999, over**-0.5)
         way_out = (
             "" if params.allow_large else " Set override_size_limits to true for larger pictures, or lower the scale."
         )
         raise ImageTooLarge(
-            f"Upscaling {width} x {height} by {params.scale:g} makes {new_width} x {new_height} pixels, "
-            f"{new_width * new_height / 1e6:.1f} megapixels; at most {most / 1e6:.1f} are allowed.{way_out}",
+            f"Upscaling {width} x {height} by {params.scale:g} makes {new_width} x {new_height} pixels; at most "
+            f"{most / 1e6:.1f} megapixels (sides padded to {multiple}) and {MAX_SIDE_PX} px a side are allowed.{way_out}",
             width=width,
             height=height,
-            max_width=int(width * shrink),
-            max_height=int(height * shrink),
+            max_width=max(1, int(width * shrink)),
+            max_height=max(1, int(height * shrink)),
         )
     return new_width, new_height
 
@@ -297,15 +339,24 @@ def to_pixels(band: Tensor) -> np.ndarray:
 
 
 def _compensated(
-    vae: TiledVAE, start: Tensor, final: Tensor, before: Tensor, *, weight: float
+    vae: TiledVAE, start: Tensor, final: Tensor, before: Tensor, *, weight: float, on_tile: OnTile
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Decoded bands, less what the VAE alone does to the pre-stage picture, each with its rows of that picture."""
-    residues = vae.decode_bands(start) if weight else None
+    """Decoded bands, less what the VAE alone does to the pre-stage picture, each with its rows of that picture.
+
+    The two decodes run one after the other: together they would need twice the memory. What waits between them is
+    small, so 16 bits hold it to 1e-4.
+    """
+    lost: list[Tensor] = []
+    if weight:
+        top = 0
+        for band in vae.decode_bands(start, on_tile):
+            lost.append((before[..., top : top + band.shape[-2], :] - band.to(before.device)).half())
+            top += band.shape[-2]
     top = 0
-    for band in vae.decode_bands(final):
+    for i, band in enumerate(vae.decode_bands(final, on_tile)):
         reference = before[..., top : top + band.shape[-2], :].to(band.device)
-        if residues is not None:
-            band = band + weight * (reference - next(residues))
+        if weight:
+            band = band + weight * lost[i].to(band)
         top += band.shape[-2]
         yield band, reference
 

@@ -6,6 +6,7 @@ doubles the picture as often as needed, in tiles; `Lanczos` is the classic filte
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -14,15 +15,20 @@ from PIL import Image
 from torch import Tensor, nn
 
 
+def nothing() -> None:
+    """Nobody listens."""
+
+
 class PreStage(Protocol):
     """Anything that enlarges a picture."""
 
-    def __call__(self, image: Tensor, size: tuple[int, int]) -> Tensor:
+    def __call__(self, image: Tensor, size: tuple[int, int], on_tile: Callable[[], None] = nothing) -> Tensor:
         """Resize an image.
 
         Args:
             image: (1, 3, h, w) float32, 0..1.
             size: Wanted (height, width) in px.
+            on_tile: Called after each piece of work; may raise to stop.
 
         Returns:
             (1, 3, height, width) float32, clamped to 0..1, on the device of `image`.
@@ -32,7 +38,7 @@ class PreStage(Protocol):
 class Lanczos:
     """Windowed sinc of three lobes, widened to the source's pixels when a picture gets smaller; works on the CPU."""
 
-    def __call__(self, image: Tensor, size: tuple[int, int]) -> Tensor:
+    def __call__(self, image: Tensor, size: tuple[int, int], on_tile: Callable[[], None] = nothing) -> Tensor:
         """Resize an image; see `PreStage`."""
         height, width = size
         if image.shape[-2:] == (height, width):
@@ -62,14 +68,14 @@ class CompactPreStage:
         self.halo_px = halo_px
 
     @torch.inference_mode()
-    def __call__(self, image: Tensor, size: tuple[int, int]) -> Tensor:
+    def __call__(self, image: Tensor, size: tuple[int, int], on_tile: Callable[[], None] = nothing) -> Tensor:
         """Resize an image; see `PreStage`. An image that already has the size is returned as it is."""
         height, width = size
         while image.shape[-2] < height or image.shape[-1] < width:
-            image = self._double(image)
+            image = self._double(image, on_tile)
         return Lanczos()(image, size)
 
-    def _double(self, image: Tensor) -> Tensor:
+    def _double(self, image: Tensor, on_tile: Callable[[], None]) -> Tensor:
         """(1, 3, h, w) -> (1, 3, 2h, 2w), on the device of `image`, one network pass per tile."""
         height, width = image.shape[-2:]
         doubled = torch.empty(1, 3, 2 * height, 2 * width, device=image.device)
@@ -84,4 +90,5 @@ class CompactPreStage:
                 doubled[..., 2 * top : 2 * bottom, 2 * left : 2 * right] = result[
                     ..., rows : rows + 2 * (bottom - top), columns : columns + 2 * (right - left)
                 ]
+                on_tile()
         return doubled.clamp_(0, 1)

@@ -44,6 +44,10 @@ class Stages:
         self.timings[name] = self.timings.get(name, 0.0) + seconds
         self.progress(Report(stage=name, step=total, total=total, seconds=seconds))
 
+    def beat(self, stage: str) -> None:
+        """Give the callback the chance to stop a stage that has no steps."""
+        self.progress(Report(stage=stage))
+
     def remark(self, stage: str, message: str) -> None:
         """Tell the user something about a stage."""
         self.progress(Report(stage=stage, message=message))

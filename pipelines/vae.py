@@ -31,6 +31,13 @@ Program = Generator[tuple[nn.GroupNorm, Tensor], Tensor, Tensor]
 Park = Callable[[Tensor], Tensor]
 """Puts a tensor where it can wait."""
 
+OnTile = Callable[[], None]
+"""Hears that a piece of work is done; raises to stop."""
+
+
+def nothing() -> None:
+    """Nobody listens."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Crop:
@@ -86,11 +93,19 @@ class TiledVAE:
         """A copy of this VAE that computes in 32 bits; this one stays as it is."""
         return TiledVAE(copy.deepcopy(self.vae).float(), max_tile_px=self.max_tile_px, park_device=self.park_device)
 
-    def encode(self, image: Tensor) -> Tensor:
+    @property
+    def bytes_per_px(self) -> int:
+        """Memory that decoding takes per pixel of the picture: the widest activations at full size, halos included."""
+        channels = self.vae.config.block_out_channels
+        widest = channels[1] if len(channels) > 1 else channels[0]  # the last upsampling keeps its input's channels
+        return int(1.5 * widest * self.dtype.itemsize)
+
+    def encode(self, image: Tensor, on_tile: OnTile = nothing) -> Tensor:
         """Encode pixels to the scaled mean of the posterior (no sampling: the same picture gives the same latents).
 
         Args:
             image: (1, 3, H, W), 0..1, any device; H and W multiples of `scale_factor`.
+            on_tile: Called after each piece of work; may raise to stop.
 
         Returns:
             (1, C, H / f, W / f) in the VAE's dtype on its device, times `scaling_factor`.
@@ -101,7 +116,7 @@ class TiledVAE:
         tiles = [crop for row in crops for crop in row]
         park = self._park(len(tiles))
         programs = [_down_path(vae, self._pixels(image, crop), park) for crop in tiles]
-        features = list(_lockstep(programs, tiles, park))
+        features = list(_lockstep(programs, tiles, park, on_tile))
         rows = [torch.cat([crop.own_part(features.pop(0)) for crop in row], dim=-1) for row in crops]
         whole = torch.cat(rows, dim=-2).to(vae.device)  # (1, C_mid, H / f, W / f)
         encoder = vae.encoder
@@ -110,11 +125,12 @@ class TiledVAE:
         mean = moments[:, : self.latent_channels]
         return (mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
-    def decode_bands(self, latents: Tensor) -> Iterator[Tensor]:
+    def decode_bands(self, latents: Tensor, on_tile: OnTile = nothing) -> Iterator[Tensor]:
         """Decode to pixels, from top to bottom.
 
         Args:
             latents: (1, C, h, w), scaled as `encode` returns them.
+            on_tile: Called after each piece of work; may raise to stop.
 
         Yields:
             Bands (1, 3, rows, W) that follow each other, float32 on the VAE's device, about 0..1 and not clamped.
@@ -130,7 +146,7 @@ class TiledVAE:
         tiles = [crop for row in crops for crop in row]
         park = self._park(len(tiles))
         programs = [_up_path(vae, _cut(middle, crop.padded), park) for crop in tiles]
-        finished = _lockstep(programs, tiles, park)
+        finished = _lockstep(programs, tiles, park, on_tile)
         for row in crops:
             band = torch.cat([crop.own_part(next(finished)) for crop in row], dim=-1)
             yield band.float() / 2 + 0.5
@@ -196,8 +212,8 @@ def _encoder_halo_px(vae: AutoencoderKL) -> int:
 def _resnet(block: Any, x: Tensor, park: Park) -> Program:
     """`ResnetBlock2D` without time embedding, stopping at its two normalisations."""
     residual = park(x)
-    h = yield block.norm1, x
     del x
+    h = yield block.norm1, residual
     h = block.conv1(block.nonlinearity(h))
     h = yield block.norm2, h
     h = block.conv2(block.nonlinearity(h))
@@ -229,12 +245,13 @@ def _down_path(vae: AutoencoderKL, x: Tensor, park: Park) -> Program:
     return x
 
 
-def _lockstep(programs: Sequence[Program], crops: Sequence[Crop], park: Park) -> Iterator[Tensor]:
+def _lockstep(programs: Sequence[Program], crops: Sequence[Crop], park: Park, on_tile: OnTile) -> Iterator[Tensor]:
     """Run all tiles from normalisation to normalisation; yields the outputs in order, each computed when asked for."""
     waiting = []
     for program in programs:
         norm, x = next(program)
         waiting.append((norm, park(x)))
+        on_tile()
     device = norm.weight.device
     while True:
         norm = waiting[0][0]
@@ -249,6 +266,7 @@ def _lockstep(programs: Sequence[Program], crops: Sequence[Crop], park: Park) ->
             except StopIteration as stop:
                 done = True
                 yield stop.value
+            on_tile()
         if done:
             return
 
@@ -269,11 +287,11 @@ def _pooled_statistics(norm: nn.GroupNorm, areas: Sequence[Tensor]) -> tuple[Ten
 
 
 def _normalise(norm: nn.GroupNorm, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """GroupNorm of `x` (B, C, h, w) with given statistics, as one multiply-add per channel."""
+    """GroupNorm of `x` (B, C, h, w) with given statistics, one 32-bit multiply-add per channel, as in torch."""
     repeats = norm.num_channels // norm.num_groups
     scale = (variance.to(x.device) + norm.eps).rsqrt().repeat_interleave(repeats, dim=1) * norm.weight.double()
     shift = norm.bias.double() - mean.to(x.device).repeat_interleave(repeats, dim=1) * scale
-    return torch.addcmul(shift[..., None, None].to(x.dtype), x, scale[..., None, None].to(x.dtype))
+    return torch.addcmul(shift[..., None, None].float(), x.float(), scale[..., None, None].float()).to(x.dtype)
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
