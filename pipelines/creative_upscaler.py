@@ -314,7 +314,8 @@ def plan_size(width: int, height: int, params: Params, limits: Limits, *, multip
         )
         raise ImageTooLarge(
             f"Upscaling {width} x {height} by {params.scale:g} makes {new_width} x {new_height} pixels; at most "
-            f"{most / 1e6:.1f} megapixels (sides padded to {multiple}) and {MAX_SIDE_PX} px a side are allowed.{way_out}",
+            f"{most / 1e6:.1f} megapixels (sides padded to {multiple}) and {MAX_SIDE_PX} px a side are allowed."
+            + way_out,
             width=width,
             height=height,
             max_width=max(1, int(width * shrink)),
