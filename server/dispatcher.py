@@ -12,7 +12,7 @@ import fcntl
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ IDLE_S = 1.0
 BEAT_S = 3.0
 SWEEP_S = 60.0
 LOST_S = 15.0
-"""Seconds a slot may be unreachable before its runs are given to another."""
+"""Seconds a slot may be down, without connection or heartbeat, before its run is given to another; it is killed then
+if it is still there, unless it is loading."""
 
 QUEUE_VIEW = 64
 """Queued requests looked at when a slot is free."""
@@ -59,6 +60,7 @@ class _Run:
     slot_id: str
     token: str
     started: float = field(default_factory=time.monotonic)
+    heard: float = field(default_factory=time.monotonic)
     cancelled_at: float | None = None
 
 
@@ -84,14 +86,10 @@ class Dispatcher:
         self._next_beat = self._next_sweep = 0.0
 
     async def serve(self) -> None:
-        """Work until cancelled; a step that fails is logged and tried again."""
+        """Work until cancelled."""
         try:
             while True:
-                try:
-                    await self.step()
-                except Exception:
-                    log.exception("dispatcher_step_failed")
-                    await asyncio.sleep(IDLE_S)
+                await self.step()
                 await self._bell.wait(IDLE_S)
         finally:
             for task in self._tasks:
@@ -99,15 +97,36 @@ class Dispatcher:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def step(self) -> None:
-        """One round: what is too late, what nobody follows, what can start, what shall stop, what is due."""
+        """One round: what is too late, what nobody follows, what can start, what shall stop, what is due.
+
+        A part that fails is logged and comes again in the next round; the others do not wait for it.
+        """
+        parts: list[Callable[[], Awaitable[None]]] = [
+            self._expire,
+            self._adopt,
+            self._place,
+            self._stop_cancelled,
+            self._end_silent,
+            self._webhooks.send_due,
+            self._beat,
+            self._sweep_in_time,
+        ]
+        self._look()
+        for part in parts:
+            try:
+                await part()
+            except Exception:
+                log.exception("dispatcher_part_failed", part=part.__name__)
+
+    def _look(self) -> None:
+        """Keep in mind since when which slots are down."""
+        down = [info.id for info in self._engine.slots() if info.state is SlotState.DOWN]
+        self._unseen_since = {slot_id: self._unseen_since.get(slot_id, time.monotonic()) for slot_id in down}
+
+    async def _expire(self) -> None:
+        """End what waited past its start deadline."""
         if await self._ledger.expire_start(time.time()):
             self._tell_gateway()
-        await self._adopt()
-        await self._place()
-        await self._stop_cancelled()
-        await self._webhooks.send_due()
-        await self._beat()
-        self._sweep_in_time()
 
     async def _adopt(self) -> None:
         """Take up the runs that nobody follows: after a restart of this process, or when the ledger failed us."""
@@ -121,6 +140,8 @@ class Dispatcher:
             elif info is None or self._is_lost(info):
                 await self._take_back(row.id, token)
         for info in slots.values():
+            if info.state is SlotState.DOWN:
+                continue
             if info.token and info.token not in self._runs and info.token not in held:
                 # Its outcome is recorded, or the attempt lost its hold: either way nobody waits for it.
                 await self._engine.cancel(info.id, info.token)
@@ -128,10 +149,8 @@ class Dispatcher:
 
     def _is_lost(self, info: SlotInfo) -> bool:
         """Whether a slot that does not name a run will never name it: it is up without it, or was down too long."""
-        if info.state is not SlotState.DOWN:
-            self._unseen_since.pop(info.id, None)
-            return True
-        return time.monotonic() - self._unseen_since.setdefault(info.id, time.monotonic()) > LOST_S
+        now = time.monotonic()
+        return info.state is not SlotState.DOWN or now - self._unseen_since.get(info.id, now) > LOST_S
 
     async def _place(self) -> None:
         """Start what can start."""
@@ -179,6 +198,7 @@ class Dispatcher:
             del self._runs[run.token]
 
     async def _record(self, run: _Run, events: list[Event]) -> None:
+        run.heard = time.monotonic()
         lines = [replace(event.log, event_seq=event.seq) for event in events if event.log]
         if lines:
             await self._ledger.append_logs(run.request_id, run.token, lines)
@@ -240,6 +260,22 @@ class Dispatcher:
                 log.warning("slot_killed", slot_id=run.slot_id, request_id=run.request_id, reason="did not stop")
                 await self._engine.kill(run.slot_id)
 
+    async def _end_silent(self) -> None:
+        """Kill what is frozen: slots without a heartbeat, and those whose run gives no sign. Their runs start again."""
+        now = time.monotonic()
+        silent = {
+            # A slot that loads has nothing `hot` yet, and may be too busy with its files to answer.
+            info.id: "no heartbeat"
+            for info in self._engine.slots()
+            if info.state is SlotState.DOWN and info.pid is not None and info.hot and self._is_lost(info)
+        }
+        for run in self._runs.values():
+            if now - run.heard > self._settings.run_silence_s:
+                silent.setdefault(run.slot_id, f"its run was silent for {now - run.heard:.0f} s")
+        for slot_id, reason in silent.items():
+            log.error("slot_killed", slot_id=slot_id, reason=reason)
+            await self._engine.kill(slot_id)
+
     async def _beat(self) -> None:
         """Write down what the slots are, when it changed and every few seconds: readiness is read from there."""
         due = time.monotonic() >= self._next_beat
@@ -252,7 +288,7 @@ class Dispatcher:
         if due:
             self._next_beat = time.monotonic() + BEAT_S
 
-    def _sweep_in_time(self) -> None:
+    async def _sweep_in_time(self) -> None:
         """Sweep now and then, beside the loop: a store that is out of reach must not hold it up."""
         if time.monotonic() >= self._next_sweep:
             self._next_sweep = math.inf  # one at a time

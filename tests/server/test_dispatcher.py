@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import closing
@@ -11,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from server import dispatcher as dispatcher_module
 from server.dispatcher import Dispatcher, leadership
 from server.engine import Event, SlotInfo, SlotLost, SlotState, Work
+from server.engine import local as local_module
 from server.ledger import Blob, Ledger, NewLog, NewRequest, Outcome
 from server.settings import Settings
 from server.storage import Storage
@@ -317,6 +322,146 @@ def test_cancelling_asks_the_slot_first_and_kills_it_late(play: Play) -> None:
         assert await scene.state() == ("COMPLETED", 499, "client_cancelled")
 
     play(story, cancel_grace_s=0.05)
+
+
+FROZEN = replace(READY, state=SlotState.DOWN, pid=4711)
+
+
+@pytest.mark.parametrize(
+    ("slot", "is_killed"),
+    [
+        (FROZEN, True),
+        (replace(FROZEN, hot=frozenset()), False),
+        (replace(FROZEN, pid=None), False),
+        (replace(FROZEN, state=SlotState.READY), False),
+    ],
+    ids=["frozen", "loading", "gone", "up"],
+)
+def test_a_slot_without_heartbeat_is_killed(
+    play: Play, monkeypatch: pytest.MonkeyPatch, slot: SlotInfo, is_killed: bool
+) -> None:
+    """What is there and has not answered for long is ended; not what still loads, and never at once."""
+    monkeypatch.setattr(dispatcher_module, "LOST_S", 0.4)
+
+    async def story(scene: Scene) -> None:
+        scene.engine.infos["0"] = slot
+        await scene.dispatcher.step()
+        assert scene.engine.killed == []
+        await asyncio.sleep(0.45)
+
+        await scene.dispatcher.step()
+
+        assert scene.engine.killed == (["0"] if is_killed else [])
+
+    play(story)
+
+
+def test_a_slot_that_came_back_has_its_full_time_again(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds without heartbeat count only while they follow each other."""
+    monkeypatch.setattr(dispatcher_module, "LOST_S", 1.0)
+
+    async def story(scene: Scene) -> None:
+        for info in (FROZEN, READY, FROZEN):
+            scene.engine.infos["0"] = info
+            await scene.dispatcher.step()
+            await asyncio.sleep(0.55)
+
+        await scene.dispatcher.step()
+
+        assert scene.engine.killed == []
+
+    play(story)
+
+
+def test_a_run_that_gives_no_sign_costs_its_slot(play: Play) -> None:
+    """A stuck call in a slot that still beats does not hold its request for ever; each event gives it more time."""
+
+    async def story(scene: Scene) -> None:
+        await scene.submit()
+        await scene.dispatcher.step()
+        token = scene.engine.works[0].token
+        await asyncio.sleep(0.6)
+        await scene.engine.say(token, said(1, "denoise 1/2"))
+        await asyncio.sleep(0.4)
+        await scene.dispatcher.step()
+        assert scene.engine.killed == []
+        await asyncio.sleep(0.6)
+
+        await scene.dispatcher.step()
+        assert scene.engine.killed == ["0"]
+        await scene.engine.say(token, None)
+
+        assert (await scene.state())[0] == "IN_QUEUE"
+
+    play(story, run_silence_s=1.0)
+
+
+FREEZING = """
+import asyncio, sys, time
+from pathlib import Path
+from server.engine.local import SlotListener
+class Host:
+    device = weights = detail = ""
+    def load(self): return frozenset({"p"})
+    def run(self, work, emit, is_cancelled): time.sleep(300)
+asyncio.run(SlotListener(Path(sys.argv[1]), "0", Host()).serve())
+"""
+
+
+def test_the_request_of_a_frozen_process_is_queued_again(
+    settings: Settings, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGSTOP in the middle of a run: the dispatcher ends the process and gives the request to the next one."""
+    monkeypatch.setattr(dispatcher_module, "LOST_S", 0.2)
+    monkeypatch.setattr(local_module, "SILENCE_S", 5.0)
+
+    async def until(state: str, dispatcher: Dispatcher) -> None:
+        row = await ledger.get("r")
+        while row is None or row.state != state:
+            await dispatcher.step()
+            await asyncio.sleep(0.05)
+            row = await ledger.get("r")
+
+    async def scene(process: subprocess.Popen[bytes]) -> None:
+        engine = local_module.LocalEngine(settings.run_dir, ["0"], lambda: None)
+        webhooks = WebhookSender(settings, ledger, await SigningKey.open(ledger))
+        with closing(Bell(settings.run_dir, "dispatcher")) as bell:
+            dispatcher = Dispatcher(settings, ledger, engine, Storage.open(settings), webhooks, bell)
+            await ledger.submit(NewRequest(id="r", endpoint="e", job={"pipeline": "p"}))
+            await until("IN_PROGRESS", dispatcher)
+            process.send_signal(signal.SIGSTOP)
+
+            await until("IN_QUEUE", dispatcher)
+
+            await webhooks.close()
+        await engine.close()
+
+    with subprocess.Popen([sys.executable, "-c", FREEZING, str(settings.run_dir)]) as process:
+        asyncio.run(asyncio.wait_for(scene(process), 60.0))
+        assert process.wait() == -signal.SIGKILL
+
+
+def test_a_part_that_fails_does_not_stop_the_others(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With webhooks, sweep and deadlines broken, requests still start, cancels arrive and slots are written down."""
+
+    async def fail(*_: object) -> None:
+        raise RuntimeError("nobody thought of this")
+
+    async def story(scene: Scene) -> None:
+        await scene.submit()
+        monkeypatch.setattr(scene.ledger, "expire_start", fail)
+        monkeypatch.setattr(WebhookSender, "send_due", fail)
+        monkeypatch.setattr(scene.ledger, "sweep", fail)
+        await scene.dispatcher.step()
+        token = scene.engine.works[0].token
+        await scene.ledger.request_cancel("r")
+
+        await scene.dispatcher.step()
+
+        assert scene.engine.cancelled == [token]
+        assert await scene.ledger.is_ready()
+
+    play(story)
 
 
 def test_a_request_that_waited_too_long_ends(play: Play) -> None:
