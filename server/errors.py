@@ -6,7 +6,6 @@ list. Errors of the platform are `{"detail": "text"}`, with an `error_type` wher
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from server.ledger.ledger import compact_json
 from server.ledger.sqlite import LedgerUnavailable
 from server.ledger.states import Outcome
 from server.storage import StorageUnavailable
@@ -201,7 +201,7 @@ class RangeNotSatisfiable(GatewayError):
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """Status and headers of an error; `error_type` is fal's word, `billed` says that it costs nothing."""
+    """Status and headers of an error; `error_type` is fal's word for it."""
 
     status: int
     error_type: str | None = None
@@ -252,10 +252,6 @@ def answer_to(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     return answer.status, body, headers
 
 
-# Made once: json.dumps with an option would make one for every answer.
-ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
-
-
 def to_json(value: Any) -> bytes:
     """Compact JSON in ASCII: no chunk of a stream can split a character, and lone surrogates stay escaped."""
-    return ENCODER.encode(value).encode("ascii")
+    return compact_json(value).encode("ascii")

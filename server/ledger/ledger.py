@@ -48,12 +48,12 @@ START_TIMEOUT = Outcome(
     headers={"X-Fal-Error-Type": "request_timeout", "X-Fal-Request-Timeout-Type": "user"},
 )
 
-
+# Made once: json.dumps with an option would make one for every row and answer.
 ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
 def compact_json(value: Any) -> str:
-    """JSON in ASCII, so that whatever a caller sent can be stored and sent again."""
+    """JSON in ASCII, so that whatever a caller sent can be stored and sent again; no NaN."""
     return ENCODER.encode(value)
 
 

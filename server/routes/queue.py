@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
@@ -204,24 +203,3 @@ async def status_events(gateway: Gateway, base: Base, row: RequestRow, *, with_l
             yield b": keep-alive\n\n"
         await gateway.bell.wait(POLL_S)
         current = await gateway.ledger.get(row.id)
-
-
-async def cancelled_on_disconnect(call: Call, request_id: str) -> RequestRow | None:
-    """Wait until a request is over; if the caller hangs up first, cancel it and return None."""
-    done = asyncio.ensure_future(call.gateway.completed(request_id))
-    gone = asyncio.ensure_future(_disconnected(call.request))
-    try:
-        await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if done.done():
-            return done.result()
-        return None
-    finally:
-        if not done.done():
-            await call.gateway.cancel(request_id)
-        done.cancel()
-        gone.cancel()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

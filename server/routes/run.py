@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import structlog
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 
 from server.errors import ClientDisconnected, InvalidInput, PathNotFound, RequestNotFound
+from server.ledger import RequestRow
 from server.routes.admission import admit
 from server.routes.declared import IS_EVENTS, IS_OUTPUT, RUN
 from server.routes.dependencies import Call, CallDep, read_payload
-from server.routes.queue import cancelled_on_disconnect, result_response, status_events
+from server.routes.queue import result_response, status_events
 from server.schemas import result_bytes
 
 router = APIRouter(prefix="/run", tags=["run"])
@@ -74,3 +76,24 @@ async def _events(call: Call, request_id: str) -> AsyncIterator[bytes]:
 async def no_such_path(call: CallDep, path: str) -> Response:
     """404: these endpoints have no sub-paths."""
     raise PathNotFound(f"/{path}")
+
+
+async def cancelled_on_disconnect(call: Call, request_id: str) -> RequestRow | None:
+    """Wait until a request is over; if the caller hangs up first, cancel it and return None."""
+    done = asyncio.ensure_future(call.gateway.completed(request_id))
+    gone = asyncio.ensure_future(_disconnected(call.request))
+    try:
+        await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if done.done():
+            return done.result()
+        return None
+    finally:
+        if not done.done():
+            await call.gateway.cancel(request_id)
+        done.cancel()
+        gone.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
