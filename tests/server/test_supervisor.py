@@ -224,3 +224,10 @@ def test_each_slot_sees_its_own_gpu(settings: Settings) -> None:
     assert [role.name for role in roles] == ["gateway", "dispatcher", "slot-0", "slot-1"]
     assert roles[1].argv[-2:] == ["--slots", "0,1"]
     assert [role.env["CUDA_VISIBLE_DEVICES"] for role in roles[2:]] == ["3", "5"]
+
+
+def test_threads_on_the_processor_do_not_spin(settings: Settings) -> None:
+    """A slot on the CPU shares it with the other roles, so its idle threads sleep."""
+    (slot,) = plan_roles(settings, [SlotSpec(id="0", gpu=None)])[2:]
+
+    assert slot.env["OMP_WAIT_POLICY"] == "PASSIVE"
