@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import inspect
 import io
-import ipaddress
 import logging
 import os
 import shlex
@@ -33,7 +32,7 @@ from server import lifeline
 from server.doctor import examine
 from server.endpoints import ENDPOINTS, Endpoint
 from server.errors import InvalidInput
-from server.settings import Settings
+from server.settings import Settings, is_loopback
 from server.supervisor import (
     CONFIGURATION_ERROR,
     AlreadyRunning,
@@ -208,14 +207,6 @@ def check_ports(settings: Settings, patience_s: float = 5.0) -> None:
                     message = f"Cannot listen on {settings.host} port {port}: {error.strerror}. Choose another port."
                     raise CommandFailed(message) from error
             time.sleep(0.1)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a listening address is reachable from this machine only."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def gateway(lifeline_fd: LifelineFd = None) -> None:

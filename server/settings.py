@@ -8,6 +8,7 @@ written `a,b` or as JSON.
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import json
 import os
 import tempfile
@@ -44,6 +45,14 @@ def _without_slash(url: str) -> str:
     if not url.startswith(("http://", "https://")):
         raise ValueError("expected http://host[:port][/prefix] or https://host[:port][/prefix]")
     return url.rstrip("/")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a listening address is reachable from this machine only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 Names = Annotated[list[str], NoDecode, BeforeValidator(_split)]
@@ -103,7 +112,10 @@ class Settings(BaseSettings):
     upload_retention_s: float = Field(2592000.0, gt=0, description="Seconds an uploaded file is kept unless it says.")
     webhook_timeout_s: float = Field(15.0, gt=0, description="Seconds a webhook's receiver has to answer.")
     webhook_max_tries: int = Field(12, ge=1, description="Deliveries of a webhook before it is given up.")
-    webhook_allow_private: bool = Field(True, description="Whether webhooks may go to private addresses.")
+    webhook_allow_private: bool | None = Field(
+        None,
+        description="Whether webhooks may go to private addresses; unset, only while `host` is a loopback address.",
+    )
     drain_s: float = Field(10.0, ge=0, description="Seconds that open connections have to end at shutdown.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
 
@@ -134,6 +146,11 @@ class Settings(BaseSettings):
             given, missing = ("tls_key", "tls_cert") if self.tls_cert is None else ("tls_cert", "tls_key")
             raise ValueError(f"{given} is of no use without {missing}: set both, or neither for a certificate of ours")
         return self
+
+    @property
+    def may_call_private(self) -> bool:
+        """Whether webhooks may go to private addresses: strangers must not reach the operator's network through us."""
+        return is_loopback(self.host) if self.webhook_allow_private is None else self.webhook_allow_private
 
     @property
     def run_dir(self) -> Path:

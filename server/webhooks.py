@@ -90,7 +90,7 @@ class WebhookSender:
         reach = Reach(
             allow_hosts=Reach.naming(settings.fetch_allow_hosts).allow_hosts,
             ports=None,
-            private=settings.webhook_allow_private,
+            private=settings.may_call_private,
         )
         self._client = guarded_client(reach)
         self._timeout_s = settings.webhook_timeout_s

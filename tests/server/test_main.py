@@ -22,11 +22,10 @@ from server.__main__ import (
     build_app,
     check_ports,
     client_environment,
-    is_loopback,
     refuse_open_door,
 )
 from server.demo import exports
-from server.settings import Settings
+from server.settings import Settings, is_loopback
 from tests.server.fake_pipeline import PIPELINES
 
 SERVER: dict[str, Any] = {

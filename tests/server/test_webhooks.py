@@ -271,6 +271,24 @@ def test_an_unforeseen_failure_is_a_failed_try(
     play(tmp_path, story)
 
 
+@pytest.mark.parametrize(
+    ("host", "allowed", "calls"),
+    [("127.0.0.1", None, 1), ("::1", None, 1), ("0.0.0.0", None, 0), ("0.0.0.0", True, 1), ("127.0.0.1", False, 0)],
+)
+def test_strangers_reach_no_private_receivers(
+    tmp_path: Path, receiver: Receiver, host: str, allowed: bool | None, calls: int
+) -> None:
+    """A server that others can reach does not dial into its own network for them, unless the operator says so."""
+
+    async def story(ledger: Ledger, sender: WebhookSender, key: SigningKey) -> None:
+        await finished(ledger, receiver.url, GOOD)
+        await send(sender)
+
+    play(tmp_path, story, host=host, webhook_allow_private=allowed)
+
+    assert len(receiver.calls) == calls
+
+
 @pytest.mark.parametrize("url", ["http://169.254.169.254/", "not a url", "ftp://127.0.0.1/", "http://[::1"])
 def test_a_receiver_that_cannot_be_reached_harms_nobody(tmp_path: Path, url: str) -> None:
     """A URL that leads nowhere is a failed try and nothing else."""
