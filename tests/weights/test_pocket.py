@@ -181,7 +181,7 @@ def test_every_drawing_has_a_colour_in_its_caption() -> None:
 def test_an_upscaler_run_continues_from_its_checkpoint(tiny: Options) -> None:
     """A second run with more steps starts where the first one stopped."""
     options = Options(steps=3, batch=2, num_drawings=4, models=tiny.models, build=tiny.build)
-    trainees = [UpscalerTrainee(each, side_px=16, num_feat=4, num_conv=1) for each in (tiny, options)]
+    trainees = [UpscalerTrainee(each, side_px=32, num_feat=4, num_conv=1) for each in (tiny, options)]
     train(trainees[0], tiny)
 
     progress = train(trainees[1], options)
@@ -192,7 +192,7 @@ def test_an_upscaler_run_continues_from_its_checkpoint(tiny: Options) -> None:
 
 def test_codec_and_denoiser_can_be_trained(tiny: Options) -> None:
     """Two steps of each part, the denoiser on the codec just made, write every folder of the set."""
-    train(UpscalerTrainee(tiny, side_px=16, num_feat=4, num_conv=1), tiny)
+    train(UpscalerTrainee(tiny, side_px=32, num_feat=4, num_conv=1), tiny)
     train(VaeTrainee(tiny, side_px=16), tiny)
 
     train(Sd15Trainee(tiny, side_px=32, num_portions=1), tiny)

@@ -14,7 +14,7 @@ from weights.pocket.losses import picture_loss, texture_loss
 
 
 class UpscalerTrainee:
-    """Compact x2, on values, edges and texture; most reductions average areas, as the quality figures of this project do."""
+    """Compact x2, on values, edges and texture; most reductions average areas, as the quality figures here do."""
 
     name = "upscaler"
     learning_rate = 2e-3
