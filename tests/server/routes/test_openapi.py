@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from openapi_spec_validator import OpenAPIV30SpecValidator
 from starlette.testclient import TestClient
 
 PATH = "/api/openapi/queue/openapi.json?endpoint_id="
@@ -30,6 +31,11 @@ def test_the_document_has_fals_form(client: TestClient) -> None:
         "CreativeUpscalerOutput",
         "Image",
     }
+
+
+def test_the_document_is_valid_openapi(client: TestClient) -> None:
+    """By the published schema of OpenAPI 3.0, references and defaults included."""
+    OpenAPIV30SpecValidator(client.get(PATH + ID).json()).validate()
 
 
 def test_the_input_schema_is_the_documented_one(client: TestClient) -> None:
