@@ -88,6 +88,7 @@ class Dispatcher:
     async def serve(self) -> None:
         """Work until cancelled."""
         try:
+            await self._attempt(self._disown_slots)
             while True:
                 await self.step()
                 await self._bell.wait(IDLE_S)
@@ -113,10 +114,18 @@ class Dispatcher:
         ]
         self._look()
         for part in parts:
-            try:
-                await part()
-            except Exception:
-                log.exception("dispatcher_part_failed", part=part.__name__)
+            await self._attempt(part)
+
+    async def _attempt(self, part: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await part()
+        except Exception:
+            log.exception("dispatcher_part_failed", part=part.__name__)
+
+    async def _disown_slots(self) -> None:
+        """Write down as down what an earlier server had: whether a slot is there now is not known yet."""
+        for row in await self._ledger.slots():
+            await self._ledger.put_slot(replace(row, state=SlotState.DOWN.value, detail="not heard of since the start"))
 
     def _look(self) -> None:
         """Keep in mind since when which slots are down."""

@@ -34,6 +34,7 @@ class Gateway:
     bell: Bell
     dispatcher: Ringer
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+    opened: float = field(default_factory=time.time)
 
     def in_background(self, work: Coroutine[Any, Any, Any]) -> None:
         """Do something that must happen although its caller has gone."""

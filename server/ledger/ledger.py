@@ -306,9 +306,9 @@ class Ledger:
         """Every slot that was ever heard of."""
         return [SlotRow(*row) for row in self._db.read("slots")]
 
-    async def is_ready(self) -> bool:
-        """Whether some slot can take a request, now or after the one it is at."""
-        oldest = self._clock() - SLOT_SILENCE_S
+    async def is_ready(self, since: float = 0.0) -> bool:
+        """Whether some slot can take a request, now or after the one it is at; heard of after `since`, Unix seconds."""
+        oldest = max(self._clock() - SLOT_SILENCE_S, since)
         return any(slot.state in ("ready", "busy") and slot.heartbeat > oldest for slot in await self.slots())
 
     async def kv_get(self, key: str) -> str | None:

@@ -22,7 +22,8 @@ async def health() -> Response:
 @router.get("/ready", responses=IS_READY)
 async def ready(gateway: GatewayDep) -> Response:
     """200 when some slot can take a request, 503 while none can; says what each slot is and does."""
-    is_ready = await gateway.ledger.is_ready()
+    # What slots of a server said that was killed moments ago does not count for its successor.
+    is_ready = await gateway.ledger.is_ready(since=gateway.opened)
     body = {"ready": is_ready, "slots": [_slot(slot) for slot in await gateway.ledger.slots()]}
     return Response(to_json(body), 200 if is_ready else 503, media_type="application/json")
 

@@ -18,7 +18,7 @@ from server import dispatcher as dispatcher_module
 from server.dispatcher import Dispatcher, leadership
 from server.engine import Event, SlotInfo, SlotLost, SlotState, Work
 from server.engine import local as local_module
-from server.ledger import Blob, Ledger, NewLog, NewRequest, Outcome
+from server.ledger import Blob, Ledger, NewLog, NewRequest, Outcome, SlotRow
 from server.settings import Settings
 from server.storage import Storage
 from server.wakeup import Bell
@@ -487,6 +487,24 @@ def test_slots_are_written_down_for_readiness(play: Play) -> None:
 
         scene.engine.infos["0"] = SlotInfo(id="0", state=SlotState.DOWN)
         await scene.dispatcher.step()
+
+        assert not await scene.ledger.is_ready()
+
+    play(story)
+
+
+def test_a_dispatcher_starts_without_slots(play: Play) -> None:
+    """What an earlier server wrote down about its slots, also those of a larger fleet, makes nobody ready."""
+
+    async def story(scene: Scene) -> None:
+        await scene.ledger.put_slot(SlotRow("7", "ready", "cpu", "pocket", "of old", time.time()))
+        scene.engine.infos.clear()
+
+        serving = asyncio.create_task(scene.dispatcher.serve())
+        deadline = time.monotonic() + 5.0
+        while (await scene.ledger.slots())[0].state != "down" and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        serving.cancel()
 
         assert not await scene.ledger.is_ready()
 
