@@ -38,6 +38,7 @@ from server.storage import Storage, output_key
 from weights.store import WeightStore, open_store
 
 STEP_LINES_S = 0.1
+SIGN_S = 60.0  # a run that works without steps says so this often; a silent one is taken for stuck
 """Least seconds between two log lines about steps of one stage: callers read them, and each is kept."""
 
 log = structlog.get_logger()
@@ -197,9 +198,11 @@ class Diary:
     def __init__(self, emit: Emit, is_cancelled: Callable[[], bool]) -> None:
         self._emit, self._is_cancelled = emit, is_cancelled
         self._last_step = 0.0
+        self._last_line = time.monotonic()
 
     def write(self, level: str, message: str) -> None:
         """Add a line."""
+        self._last_line = time.monotonic()
         self._emit(NewLog(time.time(), level, message))
 
     def poll(self) -> None:
@@ -212,6 +215,8 @@ class Diary:
         self.poll()
         line = line_of(report)
         now = time.monotonic()
+        if line is None and now - self._last_line >= SIGN_S:
+            line = f"{report.stage} goes on"
         is_step = report.seconds is None and report.message is None
         if line is None or (is_step and report.step < report.total and now - self._last_step < STEP_LINES_S):
             return

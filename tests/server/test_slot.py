@@ -18,7 +18,7 @@ from server.engine import Work
 from server.inputs import FileTooLarge
 from server.ledger import NewLog, Outcome
 from server.settings import Settings
-from server.slot import DeviceUnusable, LocalRun, SlotHost, line_of, outcome_of
+from server.slot import DeviceUnusable, Diary, LocalRun, SlotHost, line_of, outcome_of
 from server.storage import Storage
 from tests.server.fake_pipeline import PIPELINES
 from weights import store as weight_store
@@ -185,6 +185,19 @@ def test_reports_become_lines() -> None:
     assert line_of(replace(report, step=3)) == "denoise 3/11"
     assert line_of(replace(report, seconds=1.23)) == "denoise done in 1.2 s"
     assert line_of(replace(report, message="retried in 32 bits")) == "retried in 32 bits"
+
+
+def test_long_work_without_steps_gives_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that only beats writes a line now and then, so that nobody takes its slot for stuck."""
+    lines: list[NewLog] = []
+    diary = Diary(lines.append, lambda: False)
+    diary.report(Report(stage="vae"))
+    assert lines == []
+    monkeypatch.setattr("server.slot.SIGN_S", 0.0)
+
+    diary.report(Report(stage="vae"))
+
+    assert [line.message for line in lines] == ["vae goes on"]
 
 
 def test_a_local_run_writes_its_picture_whole_or_not_at_all(settings: Settings, tmp_path: Path) -> None:
