@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from weights.compact import Compact, load_compact, save_compact
+from weights.pocket.blend import blend
 
 
 def test_both_sides_are_doubled() -> None:
@@ -73,3 +74,17 @@ def test_it_looks_no_further_than_it_says(num_conv: int) -> None:
     first, second = model(image), model(changed)
 
     assert torch.equal(first[..., :2], second[..., :2])
+
+
+def test_two_trainings_blend_to_one(tmp_path: Path) -> None:
+    """A blend of 0 is the first network, of 1 the second, and in between their weighted mean."""
+    networks = [Compact(num_feat=4, num_conv=1), Compact(num_feat=4, num_conv=1)]
+    folders = [tmp_path / name for name in ("first", "second")]
+    for network, folder in zip(networks, folders, strict=True):
+        save_compact(network, folder)
+
+    blend(*folders, 0.25, tmp_path / "out")
+
+    wanted = [0.75 * a + 0.25 * b for a, b in zip(*(network.parameters() for network in networks), strict=True)]
+    found = load_compact(tmp_path / "out").parameters()
+    assert all(torch.allclose(a, b) for a, b in zip(found, wanted, strict=True))
