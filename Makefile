@@ -46,6 +46,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.tiling
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.quality
+	$(BIN)/python -m benchmarks.gateway
 
 train: install
 	$(BIN)/python -m weights.pocket.train all

@@ -1,6 +1,6 @@
 """Faithfulness and detail of the creative upscaler on photographs: reduce by 2, upscale by 2, compare.
 
-    python -m benchmarks.quality [FOLDER ...] [--creativity 0.1 0.35 0.5] [--save FOLDER]
+    python -m benchmarks.quality [FOLDER ...] [--creativity 0.1 0.35 0.5] [--crop PX] [--save FOLDER]
 
 Without a folder it measures the three photographs in tests/photos, on which nothing was trained, and three of
 scikit-image's. Every row is a mean over the pictures; `detail` is relative to Lanczos, `original` is what the
@@ -44,8 +44,8 @@ UNLIMITED = Limits(
 )
 
 
-def photographs(folders: Iterable[Path]) -> dict[str, Image.Image]:
-    """The pictures of the folders, or the six that were never trained on; sides cut to even numbers."""
+def photographs(folders: Iterable[Path], *, crop_px: int | None = None) -> dict[str, Image.Image]:
+    """The pictures of the folders, or the six that were never trained on, or their middles; sides are even."""
     pictures: dict[str, Image.Image] = {}
     files = [
         file
@@ -60,7 +60,14 @@ def photographs(folders: Iterable[Path]) -> dict[str, Image.Image]:
 
         pictures = {file.stem: Image.open(file).convert("RGB") for file in sorted(HELD_OUT.glob("*.png"))}
         pictures |= {name: Image.fromarray(getattr(data, name)()) for name in ("astronaut", "coffee", "chelsea")}
-    return {name: image.crop((0, 0, image.width // 2 * 2, image.height // 2 * 2)) for name, image in pictures.items()}
+    return {name: middle(image, crop_px or max(image.size)) for name, image in pictures.items()}
+
+
+def middle(image: Image.Image, most_px: int) -> Image.Image:
+    """The middle of a picture, at most `most_px` a side and of even sides."""
+    width, height = (min(side, most_px) // 2 * 2 for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def run(pipeline: CreativeUpscaler, image: Image.Image, **changes: Any) -> tuple[Image.Image, Result]:
@@ -106,6 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", type=Path)
     parser.add_argument("--creativity", nargs="+", type=float, default=[0.1, 0.35, 0.5])
+    parser.add_argument("--crop", type=int, help="measure only the middle of each picture, at most this many px a side")
     parser.add_argument("--save", type=Path, help="keep the pictures in this folder")
     parser.add_argument("--per-picture", action="store_true", help="print a row for each picture as well")
     arguments = parser.parse_args()
@@ -114,7 +122,7 @@ def main() -> None:
     table = Table("creativity", "picture", *names, title="creative-upscaler, pocket weights, x2")
     for strength in arguments.creativity:
         rows = []
-        for name, original in photographs(arguments.folders).items():
+        for name, original in photographs(arguments.folders, crop_px=arguments.crop).items():
             source = metrics.area_reduced(original, (original.width // 2, original.height // 2))
             result, told = run(pipeline, source, strength=strength)
             megapixels = result.width * result.height / 1e6
