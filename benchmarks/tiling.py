@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from pipelines.creative_upscaler import MAX_TILE_PX, TILE_BATCH, TILE_OVERLAP_PX
+from pipelines.creative_upscaler import MAX_TILE_PX, TILE_BATCH, TILE_OVERLAP_LATENTS
 from pipelines.multidiffusion import batches, tiled_denoise
 from pipelines.schedules import make_scheduler, sigma_bounds, sigma_ramp
 from pipelines.sd15 import StableDiffusion15
@@ -48,7 +48,7 @@ def main() -> None:
     )
     side = arguments.side // FACTOR
     channels = family.unet.config.in_channels
-    grid = fit_grid(side, side, max_tile=MAX_TILE_PX // FACTOR, overlap=TILE_OVERLAP_PX // FACTOR)
+    grid = fit_grid(side, side, max_tile=MAX_TILE_PX // FACTOR, overlap=TILE_OVERLAP_LATENTS)
     conditioning = family.encode(
         "sharp",
         "blurry",

@@ -42,8 +42,8 @@ from weights.store import WeightStore
 
 MAX_TILE_PX = 768
 """Longest side of a diffusion tile: 96 latents for Stable Diffusion 1.5, half as much again as it was trained on."""
-TILE_OVERLAP_PX = 64
-"""Eight latents of Stable Diffusion 1.5; with ramp weights and moving edges more buys tone, not thinner seams."""
+TILE_OVERLAP_LATENTS = 8
+"""Least overlap of tiles; with ramp weights and moving edges more buys tone, not thinner seams."""
 TILE_BATCH = {"cpu": 2, "cuda": 16}
 """Tiles per forward: a GPU is filled from about 32 samples (16 tiles x 2 guidance halves), a CPU by far fewer."""
 FAITHFUL_STRENGTH, FREE_STRENGTH = 0.5, 0.8
@@ -192,7 +192,7 @@ class CreativeUpscaler:
             -(-height // multiple) * multiple // factor,
             -(-width // multiple) * multiple // factor,
             max_tile=MAX_TILE_PX // factor,
-            overlap=TILE_OVERLAP_PX // factor,
+            overlap=TILE_OVERLAP_LATENTS,
         )
 
     def _redraw(

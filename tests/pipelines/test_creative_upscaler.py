@@ -64,7 +64,6 @@ def difference(first: Image.Image, second: Image.Image) -> float:
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles so small that a picture of 256 px has several."""
     monkeypatch.setattr("pipelines.creative_upscaler.MAX_TILE_PX", 160)
-    monkeypatch.setattr("pipelines.creative_upscaler.TILE_OVERLAP_PX", 32)
 
 
 @pytest.mark.parametrize(("size", "scale"), [((1, 1), 2.0), ((33, 47), 1.5), ((61, 20), 2.7), ((40, 40), 1.0)])
