@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from benchmarks import metrics
@@ -73,6 +75,18 @@ def test_output_size_is_exact(pipeline: CreativeUpscaler, size: tuple[int, int],
 
     assert picture.size == (round(size[0] * scale), round(size[1] * scale))
     assert (result.width, result.height) == picture.size
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(width=st.integers(1, 90), height=st.integers(1, 90), scale=st.floats(1, 3), strength=st.floats(0.01, 1))
+def test_any_size_scale_and_creativity_gives_a_picture(
+    pipeline: CreativeUpscaler, width: int, height: int, scale: float, strength: float
+) -> None:
+    """Whatever the sides, their factor and the creativity: the exact size, and no crash."""
+    changes = {"scale": scale, "strength": strength, "num_inference_steps": 2, "guidance_scale": 1.0}
+    picture, _, _ = run(pipeline, Image.effect_noise((width, height), 60).convert("RGB"), **changes)
+
+    assert picture.size == (round(width * scale), round(height * scale))
 
 
 def test_creativity_zero_returns_the_prestage_picture(pipeline: CreativeUpscaler, photo_crop: Image.Image) -> None:
