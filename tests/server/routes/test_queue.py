@@ -267,7 +267,9 @@ def test_the_status_stream_tells_every_line_once_and_ends(client: TestClient, sl
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert [message for message in messages if message.startswith("step")] == [f"step {number}" for number in range(5)]
     assert [event["status"] for event in events if event["status"] == "COMPLETED"] == ["COMPLETED"]
-    assert events[-1]["status"] == "COMPLETED" and events[0]["status"] == "IN_QUEUE"
+    # The worker may be faster than the stream is opened, so the first event is either of the earlier states.
+    stages = [("IN_QUEUE", "IN_PROGRESS", "COMPLETED").index(event["status"]) for event in events]
+    assert stages == sorted(stages) and stages[0] < stages[-1] == 2
 
 
 def test_the_status_stream_is_kept_alive(client: TestClient, slot: FakeSlot, monkeypatch: pytest.MonkeyPatch) -> None:
