@@ -169,7 +169,11 @@ asyncio.run(Supervisor(settings, [sleeper("a", Path({str(tmp_path / "diary")!r})
     supervisor.kill()
     supervisor.wait()
 
-    asyncio.run(until(lambda: not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text(), 2.0))
+    def is_gone() -> bool:
+        return not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text()
+
+    asyncio.run(until(is_gone, 2.0))
+    assert is_gone()
 
 
 def test_a_data_folder_has_one_server(settings: Settings) -> None:

@@ -63,13 +63,15 @@ def test_a_bell_takes_over_from_a_dead_process(tmp_path: Path) -> None:
 
 
 def test_a_full_bell_does_not_block_the_ringer(tmp_path: Path) -> None:
-    """Ten thousand rings nobody hears return at once."""
-    bell = Bell(tmp_path, "slow")
+    """Ten thousand rings nobody hears return at once, and the bell has rung."""
 
-    for _ in range(10_000):
-        ring(tmp_path, "slow")
+    async def story() -> bool:
+        with contextlib.closing(Bell(tmp_path, "slow")) as bell:
+            for _ in range(10_000):
+                ring(tmp_path, "slow")
+            return await bell.wait(5.0)
 
-    bell.close()
+    assert asyncio.run(story())
 
 
 def test_a_ringer_finds_every_bell_of_its_name(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def test_the_document_has_fals_form(client: TestClient) -> None:
 
 def test_the_document_is_valid_openapi(client: TestClient) -> None:
     """By the published schema of OpenAPI 3.0, references and defaults included."""
-    OpenAPIV30SpecValidator(client.get(PATH + ID).json()).validate()
+    assert list(OpenAPIV30SpecValidator(client.get(PATH + ID).json()).iter_errors()) == []
 
 
 def test_the_input_schema_is_the_documented_one(client: TestClient) -> None:
