@@ -11,7 +11,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -76,6 +76,11 @@ def follow(average: nn.Module, module: nn.Module, step: int) -> None:
     """Move the average a little towards the module; quickly in the first steps, by a thousandth later."""
     weight = 1 - min(0.999, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), weight)
+
+
+def save_half(module: Any, folder: Path) -> None:
+    """Write a diffusers or transformers model in its own layout with 16-bit weights; `module` is left as it is."""
+    copy.deepcopy(module).half().save_pretrained(folder)
 
 
 def train(trainee: Trainee, options: Options) -> Progress:

@@ -4,6 +4,7 @@ Encoding costs as much as a training step, and one picture serves many of them w
 and another ControlNet strength. A part of the pool is replaced every so often.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,12 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
-from transformers import CLIPTokenizer
 
 from weights.compact import Compact, load_compact
 from weights.pocket.captions import FAULTS
 from weights.pocket.data import Corpus
 from weights.pocket.degrade import enlarge_lanczos, reduce, spoil, to_tensor, wear
-from weights.pocket.text import blame, praise, token_ids
+from weights.pocket.text import blame, praise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Samples:
     target: (N, C, h, w) latents that the denoiser should arrive at.
     start: (N, C, h, w) latents of the pre-stage picture, where the service starts.
     hint: (N, 3, H, W) uint8, the pre-stage picture for the ControlNet.
-    tokens: (N, 77) int64, the caption.
+    tokens: (N, L) int64, the caption in the tokens of the family's text encoders, one after the other.
     """
 
     target: Tensor
@@ -70,23 +70,29 @@ class Kitchen:
     Args:
         models: Folder of the trained parts.
         corpus: Where the crops come from.
-        tokenizer: Turns captions into tokens.
+        tokenize: Turns N captions into (N, L) int64 tokens.
         device: Where the samples are made and stay.
         side_px: Side of a sample's picture.
     """
 
     # A spoilt target goes at most this share of the way to the spoilt picture: at the service's default, guidance
     # multiplies the difference between good and bad by 6.5, and fully spoilt targets would make it overshoot.
-    max_spoilt_share = 0.7
-    spoilt_share = 0.25
+    max_spoilt_share = 0.5
+    spoilt_share = 0.33
 
     def __init__(
-        self, models: Path, corpus: Corpus, tokenizer: CLIPTokenizer, *, device: str, side_px: int = 128
+        self,
+        models: Path,
+        corpus: Corpus,
+        tokenize: Callable[[list[str]], Tensor],
+        *,
+        device: str,
+        side_px: int = 128,
     ) -> None:
         self.vae: Any = AutoencoderKL.from_pretrained(models / "vae").to(device).eval().requires_grad_(False)
         self.compact: Compact = load_compact(models / "upscaler-compact-x2", device=device)
         self.corpus = corpus
-        self.tokenizer = tokenizer
+        self.tokenize = tokenize
         self.device = device
         self.side_px = side_px
 
@@ -129,7 +135,7 @@ class Kitchen:
             target=self.encode(target),
             start=self.encode(hint),
             hint=(hint * 255).round().byte(),
-            tokens=token_ids(self.tokenizer, captions).to(self.device),
+            tokens=self.tokenize(captions).to(self.device),
         )
 
 

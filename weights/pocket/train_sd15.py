@@ -1,43 +1,27 @@
 """Trains the SD 1.5-shaped denoiser: UNet, tile ControlNet and text encoder together, on latents of the pocket codec.
 
-The network predicts the noise (epsilon) on the schedule of SD 1.5. Samples resemble what the service does with them:
-noise levels crowd where image-to-image works, the noisy latents are often those of the pre-stage picture while the
-target stays sharp, and the ControlNet counts for as little or as much as its strength may be set to.
+The network predicts the noise (epsilon) on the schedule of SD 1.5; `denoising` has the recipe.
 """
 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from weights.pocket.data import Corpus
-from weights.pocket.loop import Options
-from weights.pocket.pool import Kitchen, Pool
+from weights.pocket.denoising import DenoiserTrainee
+from weights.pocket.loop import save_half
 from weights.pocket.text import build_text_encoder, build_tokenizer, token_ids
-
-SCHEDULE = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-    "prediction_type": "epsilon",
-}
-
-
-# Errors at low noise hardly move the picture, so they count less: min-SNR weighting (arXiv 2303.09556), equation 4.
-MIN_SNR_GAMMA = 5.0
 
 
 def build_unet(text_size: int) -> Any:
-    """The untrained UNet2DConditionModel: three levels, text at the lowest."""
+    """The untrained UNet2DConditionModel: three levels, text at the lowest.
+
+    A pooled copy of the text scales and shifts every residual block: cross-attention at the lowest level alone has no
+    way to say how sharp the finest one should be, and at the finest it would cost more than all convolutions.
+    """
     return UNet2DConditionModel(
         sample_size=64,
         in_channels=16,
@@ -49,71 +33,30 @@ def build_unet(text_size: int) -> Any:
         attention_head_dim=8,
         norm_num_groups=8,
         cross_attention_dim=text_size,
+        addition_embed_type="text",
+        resnet_time_scale_shift="scale_shift",
     )
 
 
-def draw_timesteps(sigmas: Tensor, count: int, rng: np.random.Generator) -> Tensor:
-    """(count,) int64 timesteps: two of three evenly in log sigma between 0.04 and 4, the others anywhere."""
-    levels = np.exp(rng.uniform(np.log(0.04), np.log(4.0), count))
-    crowded = np.searchsorted(sigmas.numpy(), levels)
-    anywhere = rng.integers(len(sigmas), size=count)
-    return torch.from_numpy(np.where(rng.random(count) < 0.67, crowded, anywhere))
-
-
-class Sd15Trainee:
-    """UNet, ControlNet and text encoder, on the weighted mean squared error of the predicted noise."""
+class Sd15Trainee(DenoiserTrainee):
+    """UNet, ControlNet and text encoder."""
 
     name = "sd15"
-    learning_rate = 1.2e-3
 
-    def __init__(self, options: Options, *, side_px: int = 128, num_portions: int = 64) -> None:
-        torch.manual_seed(options.seed)
-        self.options = options
+    def build(self) -> nn.ModuleDict:
+        """See `DenoiserTrainee.build`."""
         self.tokenizer = build_tokenizer()
         text_encoder = build_text_encoder(self.tokenizer)
         unet = build_unet(text_encoder.config.hidden_size)
         controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32, 64))
-        self.modules = nn.ModuleDict({"unet": unet, "controlnet": controlnet, "text_encoder": text_encoder})
-        corpus = Corpus(options.seed + 2, num_drawings=options.num_drawings, photo_share=0.6, plain_share=0.12)
-        kitchen = Kitchen(options.models, corpus, self.tokenizer, device=options.device, side_px=side_px)
-        self.pool = Pool(kitchen, options.seed, num_portions=num_portions)
-        scheduler: Any = DDIMScheduler(**SCHEDULE)
-        self.scheduler = scheduler
-        self.alphas = scheduler.alphas_cumprod.sqrt()
-        self.deviations = (1 - scheduler.alphas_cumprod).sqrt()
-        self.no_tokens = token_ids(self.tokenizer, [""]).to(options.device)
+        return nn.ModuleDict({"unet": unet, "controlnet": controlnet, "text_encoder": text_encoder})
 
-    def loss(self, rng: np.random.Generator, step: int) -> Tensor:
-        """One batch; the target is the noise that leads from the noisy latents to the sharp ones."""
-        count, device = self.options.batch, self.options.device
-        samples = self.pool.draw(count, rng, step)
-        timesteps = draw_timesteps(self.deviations / self.alphas, count, rng)
-        alpha = self.alphas[timesteps].view(-1, 1, 1, 1).to(device)
-        deviation = self.deviations[timesteps].view(-1, 1, 1, 1).to(device)
-        # How much of the pre-stage picture the noisy latents still are: less as the noise that hides it fades.
-        remains = torch.from_numpy(rng.random(count) * (rng.random(count) < 0.5)).float().view(-1, 1, 1, 1)
-        unresolved = remains.to(device) * (deviation / alpha / 0.3).clamp(max=1)
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        noise = torch.randn(samples.target.shape, generator=generator).to(device)
-        noisy = alpha * (samples.target + unresolved * (samples.start - samples.target)) + deviation * noise
-        wanted = (noisy - alpha * samples.target) / deviation
-        strength = torch.from_numpy(rng.uniform(0.2, 1.3, count) * (rng.random(count) >= 0.08)).to(device)
-        without_text = torch.from_numpy(rng.random(count) < 0.1).to(device)
-        tokens = torch.where(without_text[:, None], self.no_tokens, samples.tokens)
-        predicted = self.predict(noisy, timesteps.to(device), tokens, samples.hint, strength)
-        weight = (MIN_SNR_GAMMA * (deviation / alpha) ** 2).clamp(0.05, 1)
-        return (weight * F.mse_loss(predicted, wanted, reduction="none")).mean()
+    def tokenize(self, captions: list[str]) -> Tensor:
+        """See `DenoiserTrainee.tokenize`."""
+        return token_ids(self.tokenizer, captions)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, tokens: Tensor, hint: Tensor, strength: Tensor) -> Tensor:
-        """The predicted noise (N, C, h, w), float32.
-
-        Args:
-            noisy: (N, C, h, w) latents.
-            timesteps: (N,) int64.
-            tokens: (N, 77) int64.
-            hint: (N, 3, H, W) uint8.
-            strength: (N,) factor on what the ControlNet adds.
-        """
+        """See `DenoiserTrainee.predict`."""
         factor = strength.float().view(-1, 1, 1, 1)
         # On the CPU, the backward pass of the fused attention takes longer than all convolutions at these sizes.
         attention = [SDPBackend.MATH] if noisy.device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
@@ -135,7 +78,6 @@ class Sd15Trainee:
         """Write `sd15` (UNet, text encoder, tokenizer, schedule) and `controlnet-tile-sd15`."""
         folders = {"unet": "sd15/unet", "text_encoder": "sd15/text_encoder", "controlnet": "controlnet-tile-sd15"}
         for name, folder in folders.items():
-            module: Any = modules[name]
-            module.save_pretrained(models / folder)
+            save_half(modules[name], models / folder)
         self.tokenizer.save_pretrained(models / "sd15" / "tokenizer")
         self.scheduler.save_pretrained(models / "sd15" / "scheduler")
