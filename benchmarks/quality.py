@@ -22,7 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import metrics
-from pipelines.creative_upscaler import CreativeUpscaler, Limits, Params, Result
+from pipelines.creative_upscaler import CreativeUpscaler, Params
+from pipelines.delivery import Result
+from pipelines.planning import Limits
 from weights.store import open_store
 
 HELD_OUT = Path(__file__).parent.parent / "tests" / "photos"

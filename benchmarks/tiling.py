@@ -17,9 +17,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from pipelines.creative_upscaler import MAX_TILE_PX, TILE_BATCH, TILE_OVERLAP_LATENTS
+from pipelines.creative_upscaler import MAX_TILE_PX, TILE_BATCH
 from pipelines.multidiffusion import batches, tiled_denoise
-from pipelines.schedules import make_scheduler, sigma_bounds, sigma_ramp
+from pipelines.redraw import TILE_OVERLAP_LATENTS
+from pipelines.samplers import NoiseSampler
+from pipelines.schedules import sigma_bounds, sigma_ramp
 from pipelines.sd15 import StableDiffusion15
 from pipelines.tiling import fit_grid, gather
 from weights.store import open_store
@@ -61,8 +63,8 @@ def main() -> None:
     tile_batch = TILE_BATCH["cpu"]
 
     def loop() -> None:
-        scheduler = make_scheduler(family.scheduler_config, sigmas, "euler")
-        tiled_denoise(family, latents, scheduler, conditioning, grid=grid, tile_batch=tile_batch, seed=0, detail=0.05)
+        sampler = NoiseSampler(family.scheduler_config, sigmas, "euler", detail=0.05)
+        tiled_denoise(family, latents, sampler, conditioning, grid=grid, tile_batch=tile_batch, seed=0)
 
     tiles = grid.tiles()
     assert conditioning.hint is not None

@@ -12,25 +12,19 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 import torch
-from diffusers import SchedulerMixin
 from torch import Tensor
 
-from pipelines.schedules import detail_bump, timestep_of_sigma
+from pipelines.samplers import Sampler
 from pipelines.tiling import Grid, Tile, blend_weights, fuse, gather
 
 ConditioningT = TypeVar("ConditioningT", contravariant=True)
 
 
 class Denoiser(Protocol[ConditioningT]):
-    """A family of models behind one question: which noise is in these tiles?"""
+    """A family of models behind one question: what is in these tiles?"""
 
-    alphas_cumprod: Tensor
-    """Noise schedule the model was trained on, (T,), float32."""
-
-    def predict_noise(
-        self, tiles: Tensor, places: Sequence[Tile], timestep: float, conditioning: ConditioningT
-    ) -> Tensor:
-        """Predict the noise in latent tiles, guidance included.
+    def predict(self, tiles: Tensor, places: Sequence[Tile], timestep: float, conditioning: ConditioningT) -> Tensor:
+        """Predict the noise in latent tiles (or the velocity, for flow models), guidance included.
 
         Args:
             tiles: (N, C, h, w), float32, scaled to the variance the model expects.
@@ -46,71 +40,73 @@ class Denoiser(Protocol[ConditioningT]):
 
 def tiled_denoise(
     model: Denoiser[ConditioningT],
-    latents: Tensor,
-    scheduler: SchedulerMixin,
+    sample: Tensor,
+    sampler: Sampler,
     conditioning: ConditioningT,
     *,
     grid: Grid,
     tile_batch: int,
     seed: int,
-    detail: float = 0.0,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> Tensor:
     """Denoise a whole latent tile by tile.
 
     Args:
         model: The family; its predictions are fused.
-        latents: (1, C, H, W), float32: the noised start in the scheduler's own scale.
-        scheduler: A diffusers scheduler on variance-exploding latents (Euler), set to the wanted sigmas.
+        sample: (1, C, H, W), float32: what `sampler.start` returned.
+        sampler: The steps; made for this run.
         conditioning: Passed on to the model.
         grid: Tiles fitted to the latent.
         tile_batch: Tiles per call of the model; changes memory and speed, not the result.
         seed: Decides how the tile edges move from step to step.
-        detail: The model is told a noise level lower by up to this fraction in the middle steps, so that it leaves
-            more fine structure (tiled-upscaler literature: "detail daemon"); 0 is the unchanged schedule.
         on_step: Called after each step with its number, from 1; may raise to stop.
 
     Returns:
         (1, C, H, W), float32, free of noise.
     """
-    sigmas, num_steps = scheduler.sigmas, len(scheduler.timesteps)
-    for i, timestep in enumerate(scheduler.timesteps):
-        sigma = float(sigmas[i])
-        seen = sigma * (1 - detail * detail_bump(i, num_steps))
-        if seen == sigma:
-            model_input, model_timestep = scheduler.scale_model_input(latents, timestep), float(timestep)
-        else:
-            model_input, model_timestep = (
-                latents / (1 + seen**2) ** 0.5,
-                float(timestep_of_sigma(model.alphas_cumprod, seen)),
-            )
-        noise = _fused_prediction(
-            model, model_input, model_timestep, conditioning, grid, grid.jitter(i, seed), tile_batch
-        )
-        latents = scheduler.step(noise * (seen / sigma), timestep, latents).prev_sample
-        on_step(i + 1)
-    return latents
+    for step in range(sampler.num_steps):
+        shown, timestep = sampler.model_input(step, sample)
+        offset = grid.jitter(step, seed)
+        tiles, weights = grid.tiles(*offset), blend_weights(grid, *offset).to(shown.device)
+        prediction = fused_prediction(model, shown, timestep, conditioning, tiles, weights, tile_batch=tile_batch)
+        sample = sampler.advance(step, prediction, sample)
+        on_step(step + 1)
+    return sample
 
 
-def _fused_prediction(
+def fused_prediction(
     model: Denoiser[ConditioningT],
     model_input: Tensor,
     timestep: float,
     conditioning: ConditioningT,
-    grid: Grid,
-    offset: tuple[int, int],
+    tiles: Sequence[Tile],
+    weights: Tensor,
+    *,
     tile_batch: int,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """The weighted mean of all tiles' predictions, (1, C, H, W); one full tile is passed through untouched."""
-    tiles = grid.tiles(*offset)
+    """The weighted mean of all tiles' predictions, (1, C, H, W); one full tile is passed through untouched.
+
+    Args:
+        model: Predicts in tiles.
+        model_input: (1, C, H, W), float32.
+        timestep: See `Denoiser.predict`.
+        conditioning: Passed on to the model.
+        tiles: Of one shape; together they cover everything.
+        weights: (len(tiles), 1, th, tw) on the device of `model_input`, adding to one at every position.
+        tile_batch: Tiles per call of the model.
+        on_batch: Called after each call of the model; may raise to stop.
+    """
     if len(tiles) == 1:
-        return model.predict_noise(model_input, tiles, timestep, conditioning)
-    weights = blend_weights(grid, *offset).to(model_input.device)
+        fused = model.predict(model_input, tiles, timestep, conditioning)
+        on_batch()
+        return fused
     fused = torch.zeros_like(model_input)
     for batch in batches(len(tiles), tile_batch):
         places = tiles[batch]
-        prediction = model.predict_noise(gather(model_input, places), places, timestep, conditioning)
+        prediction = model.predict(gather(model_input, places), places, timestep, conditioning)
         fuse(prediction, places, weights[batch], fused)
+        on_batch()
     return fused
 
 

@@ -59,7 +59,6 @@ class StableDiffusion15:
         self.text_encoder = text_encoder.eval()
         self.tokenizer = tokenizer
         self.scheduler_config = scheduler_config
-        self.alphas_cumprod = DDIMScheduler.from_config(scheduler_config).alphas_cumprod
 
     @classmethod
     def load(
@@ -107,10 +106,8 @@ class StableDiffusion15:
             controlnet_conditioning_scale=controlnet_conditioning_scale,
         )
 
-    def predict_noise(
-        self, tiles: Tensor, places: Sequence[Tile], timestep: float, conditioning: Conditioning
-    ) -> Tensor:
-        """See `Denoiser.predict_noise`; tiles and guidance halves run as one batch."""
+    def predict(self, tiles: Tensor, places: Sequence[Tile], timestep: float, conditioning: Conditioning) -> Tensor:
+        """See `Denoiser.predict`; tiles and guidance halves run as one batch."""
         halves, num_tiles = conditioning.prompt_embeds.shape[0], tiles.shape[0]
         sample = tiles.to(self.unet.device, self.unet.dtype, memory_format=torch.channels_last).repeat(halves, 1, 1, 1)
         embeds = conditioning.prompt_embeds.repeat_interleave(num_tiles, dim=0)

@@ -72,7 +72,8 @@ def load_creative_upscaler(store: WeightStore, device: str, settings: Settings) 
     """Load the creative upscaler; takes the time that importing torch and reading the weights takes."""
     from transformers.utils import logging as transformers_logging
 
-    from pipelines.creative_upscaler import CreativeUpscaler, Limits, Params
+    from pipelines.creative_upscaler import CreativeUpscaler, Params
+    from pipelines.planning import Limits
 
     transformers_logging.disable_progress_bar()  # its bars would run through our log and our own bars
     pipeline = CreativeUpscaler.load(store, device=device)

@@ -19,9 +19,12 @@ from PIL import Image, ImageCms
 
 from benchmarks import metrics
 from benchmarks.quality import DEFAULTS, UNLIMITED, borders
-from pipelines.creative_upscaler import CreativeUpscaler, Limits, Params, Result, faithfulness, plan_size
+from pipelines.creative_upscaler import CreativeUpscaler, Params, plan_size
+from pipelines.delivery import Result
 from pipelines.errors import Cancelled, ImageTooLarge, NonFiniteResult
+from pipelines.planning import Limits
 from pipelines.progress import Report
+from pipelines.redraw import faithfulness
 from pipelines.vae import OnTile, TiledVAE
 from tests.conftest import HELD_OUT, PHOTOS, png_bytes
 from weights.store import WeightStore
@@ -50,7 +53,7 @@ def run(
 def weight_hash(pipeline: CreativeUpscaler) -> str:
     """One hash over every weight that requests share."""
     digest = hashlib.sha256()
-    modules = (pipeline.model.unet, pipeline.model.controlnet, pipeline.model.hint_embedding, pipeline.vae.vae)
+    modules = (pipeline.model.unet, pipeline.model.controlnet, pipeline.model.hint_embedding, pipeline.canvas.vae.vae)
     for module in (*modules, pipeline.model.text_encoder):
         for tensor in module.state_dict().values():
             digest.update(tensor.numpy().tobytes())
@@ -202,7 +205,8 @@ def test_stages_report_their_steps_and_seconds(pipeline: CreativeUpscaler, photo
 def in_bfloat16(pipeline: CreativeUpscaler) -> CreativeUpscaler:
     """The same pipeline over a copy of the VAE that computes in 16 bits."""
     half = copy.copy(pipeline)
-    half.vae = TiledVAE(copy.deepcopy(pipeline.vae.vae).to(torch.bfloat16))
+    half.canvas = copy.copy(pipeline.canvas)
+    half.canvas.vae = TiledVAE(copy.deepcopy(pipeline.canvas.vae.vae).to(torch.bfloat16))
     return half
 
 
@@ -264,7 +268,7 @@ def test_what_does_not_fit_into_memory_is_refused(
     pipeline: CreativeUpscaler, photo_crop: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A picture that needs more memory than is free is an error that says so, not a killed process."""
-    monkeypatch.setattr("pipelines.creative_upscaler.BYTES_PER_PX", 10**12)
+    monkeypatch.setattr("pipelines.redraw.BYTES_PER_PX", 10**12)
 
     with pytest.raises(ImageTooLarge, match="GiB of memory"):
         run(pipeline, photo_crop)

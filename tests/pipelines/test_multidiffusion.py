@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pipelines.errors import Cancelled
 from pipelines.multidiffusion import batches, tiled_denoise
-from pipelines.schedules import make_scheduler, sigma_ramp
+from pipelines.samplers import NoiseSampler
+from pipelines.schedules import sigma_ramp
 from pipelines.tiling import Tile, fit_grid
 
 CONFIG = {
@@ -27,11 +28,9 @@ class Pointwise:
     """A model whose prediction at a latent depends on that latent alone, so tiling must be invisible."""
 
     def __init__(self) -> None:
-        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
-        self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         self.batch_sizes: list[int] = []
 
-    def predict_noise(self, tiles: Tensor, places: Sequence[Tile], timestep: float, conditioning: None) -> Tensor:
+    def predict(self, tiles: Tensor, places: Sequence[Tile], timestep: float, conditioning: None) -> Tensor:
         self.batch_sizes.append(len(places))
         return torch.tanh(tiles * 0.7 + timestep / 1000)
 
@@ -39,7 +38,7 @@ class Pointwise:
 class Place(Pointwise):
     """A model that predicts a linear function of the place on the whole latent."""
 
-    def predict_noise(self, tiles: Tensor, places: Sequence[Tile], timestep: float, conditioning: None) -> Tensor:
+    def predict(self, tiles: Tensor, places: Sequence[Tile], timestep: float, conditioning: None) -> Tensor:
         rows = [torch.arange(tile.top, tile.bottom).float()[:, None] for tile in places]
         columns = [torch.arange(tile.left, tile.right).float()[None] for tile in places]
         fields = [0.01 * row - 0.02 * column for row, column in zip(rows, columns, strict=True)]
@@ -50,12 +49,11 @@ def run(model: Pointwise, latents: Tensor, *, max_tile: int, tile_batch: int = 4
     return tiled_denoise(
         model,
         latents,
-        make_scheduler(CONFIG, SIGMAS, "euler"),
+        NoiseSampler(CONFIG, SIGMAS, "euler", detail=detail),
         None,
         grid=fit_grid(*latents.shape[-2:], max_tile=max_tile, overlap=8),
         tile_batch=tile_batch,
         seed=3,
-        detail=detail,
     )
 
 
@@ -115,7 +113,7 @@ def test_every_step_reports_and_may_stop_the_loop() -> None:
         tiled_denoise(
             model,
             torch.randn(1, 4, 32, 32),
-            make_scheduler(CONFIG, SIGMAS, "euler"),
+            NoiseSampler(CONFIG, SIGMAS, "euler"),
             None,
             grid=fit_grid(32, 32, max_tile=64, overlap=8),
             tile_batch=1,

@@ -17,9 +17,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from pipelines.creative_upscaler import to_tensor
+from pipelines.delivery import to_tensor
 from pipelines.multidiffusion import tiled_denoise
-from pipelines.schedules import make_scheduler, sigma_bounds, sigma_ramp
+from pipelines.samplers import NoiseSampler
+from pipelines.schedules import sigma_bounds, sigma_ramp
 from pipelines.sd15 import StableDiffusion15
 from pipelines.tiling import fit_grid
 from pipelines.vae import TiledVAE
@@ -95,7 +96,7 @@ def test_one_tile_gives_the_stock_pipeline(
     ours = tiled_denoise(
         family,
         noised,
-        make_scheduler(family.scheduler_config, sigmas, "euler"),
+        NoiseSampler(family.scheduler_config, sigmas, "euler"),
         conditioning,
         grid=fit_grid(*start.shape[-2:], max_tile=192, overlap=16),
         tile_batch=4,
@@ -135,7 +136,7 @@ def test_no_shape_preservation_never_calls_the_controlnet(
     )
     tiles = torch.randn(1, 16, 16, 16)
 
-    noise = family.predict_noise(tiles, fit_grid(16, 16, max_tile=64, overlap=8).tiles(), 300.0, conditioning)
+    noise = family.predict(tiles, fit_grid(16, 16, max_tile=64, overlap=8).tiles(), 300.0, conditioning)
 
     assert noise.shape == tiles.shape
 
