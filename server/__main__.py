@@ -50,8 +50,8 @@ Data = Annotated[Path | None, typer.Option(help="Folder of everything that is ke
 LifelineFd = Annotated[int | None, typer.Option("--lifeline", hidden=True)]
 
 USAGE_ERROR = 2
-DUMMY_KEY = "creative-upscaler"
-"""fal's clients refuse to work without a key; a server without keys takes any."""
+DUMMY_KEY = "creative-upscaler:no-secret"
+"""fal's clients refuse to work without a key, and its SDK without two parts; a server without keys takes any."""
 
 
 class CommandFailed(Exception):

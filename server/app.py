@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ssl
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import Any
 
 import structlog
@@ -34,7 +35,9 @@ from server.gateway import Gateway
 from server.hosts import HostRouting
 from server.ledger import Ledger
 from server.ledger.sqlite import LedgerUnavailable
+from server.protocol import PatientProtocol
 from server.routes import files, openapi, ops, queue, rest, run
+from server.routes.declared import COMPONENTS
 from server.schemas import ErrorBody
 from server.settings import Settings
 from server.storage import Storage, StorageUnavailable
@@ -61,6 +64,12 @@ class GatewayApp(FastAPI):
             trusted_proxies=self.settings.trusted_proxies,
         )
         return Envelope(routing)
+
+    def openapi(self) -> dict[str, Any]:
+        """FastAPI's document, with the schemas that our declarations refer to."""
+        document = super().openapi()
+        document["components"]["schemas"].update(COMPONENTS)
+        return document
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -193,6 +202,7 @@ def make_listeners(app: FastAPI, settings: Settings) -> list[Listener]:
         "proxy_headers": False,
         "timeout_keep_alive": KEEP_ALIVE_S,
         "timeout_graceful_shutdown": max(1, round(settings.drain_s)),
+        "http": partial(PatientProtocol, patience_s=settings.client_patience_s),
     }
     configs = [uvicorn.Config(port=settings.port, **common)] if settings.port else []
     if settings.tls_port:

@@ -116,6 +116,9 @@ class Settings(BaseSettings):
         None,
         description="Whether webhooks may go to private addresses; unset, only while `host` is a loopback address.",
     )
+    client_patience_s: float = Field(
+        30.0, gt=0, description="Seconds a client may take for a request's head, or stay below 500 bytes a second."
+    )
     drain_s: float = Field(10.0, ge=0, description="Seconds that open connections have to end at shutdown.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
 

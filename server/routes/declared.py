@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 
 from server.endpoints import ENDPOINTS
 
@@ -88,8 +89,18 @@ _OWNER_AND_ALIAS = [
     _in_path(name, enum=sorted({endpoint_id.split("/")[place] for endpoint_id in ENDPOINTS}))
     for place, name in enumerate(("owner", "alias"))
 ]
-_OUTPUT = {"anyOf": [endpoint.output_model.model_json_schema(mode="serialization") for endpoint in ENDPOINTS.values()]}
-_INPUT = {"anyOf": [endpoint.input_model.model_json_schema() for endpoint in ENDPOINTS.values()]}
+_MODELS: list[tuple[type[BaseModel], Literal["validation", "serialization"]]] = [
+    *((endpoint.input_model, "validation") for endpoint in ENDPOINTS.values()),
+    *((endpoint.output_model, "serialization") for endpoint in ENDPOINTS.values()),
+]
+_REFERENCES, _DEFINITIONS = models_json_schema(_MODELS, ref_template="#/components/schemas/{model}")
+COMPONENTS: Mapping[str, Any] = _DEFINITIONS["$defs"]
+"""Schemas of the endpoints, for the document's components: what is declared here refers to them."""
+
+_INPUT, _OUTPUT = (
+    {"anyOf": [reference for (_, kind), reference in _REFERENCES.items() if kind == mode]}
+    for mode in ("validation", "serialization")
+)
 
 # -- run and queue
 RUN = {"parameters": _OWNER_AND_ALIAS, **takes(_INPUT)}

@@ -51,7 +51,7 @@ def test_a_client_on_this_machine_is_pointed_at_localhost() -> None:
         "FAL_RUN_HOST": "localhost:8443/run",
         "FAL_QUEUE_RUN_HOST": "localhost:8443/queue",
         "FAL_REST_HOST": "localhost:8443/rest",
-        "FAL_KEY": "creative-upscaler",
+        "FAL_KEY": "creative-upscaler:no-secret",
         "CREATIVE_UPSCALER_URL": "https://localhost:8443",
         "SSL_CERT_FILE": "/data/tls/ca-bundle.pem",
         "NODE_EXTRA_CA_CERTS": "/data/tls/ca.pem",
