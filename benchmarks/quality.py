@@ -1,6 +1,6 @@
-"""Faithfulness and detail of the creative upscaler on photographs: reduce by 2, upscale by 2, compare.
+"""Faithfulness and detail of every endpoint on photographs: reduce by 2, upscale by 2 at its defaults, compare.
 
-    python -m benchmarks.quality [FOLDER ...] [--creativity 0.1 0.35 0.5] [--crop PX] [--save FOLDER]
+    python -m benchmarks.quality [FOLDER ...] [--endpoint ID ...] [--creativity 0.1 0.35 0.5] [--crop PX] [--save FOLDER]
 
 Without a folder it measures the three photographs in tests/photos, on which nothing was trained, and three of
 scikit-image's. Every row is a mean over the pictures; `detail` is relative to Lanczos, `original` is what the
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Mapping
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import metrics
-from pipelines.creative_upscaler import CreativeUpscaler, Params
-from pipelines.delivery import Result
-from pipelines.planning import Limits
-from weights.store import open_store
+from benchmarks.local import Local
+from server.endpoints import ENDPOINTS
 
 HELD_OUT = Path(__file__).parent.parent / "tests" / "photos"
-DEFAULTS: dict[str, Any] = {
-    "prompt": "high quality, highly detailed, high resolution, sharp",
-    "negative_prompt": "blurry, low resolution, bad, ugly, low quality, pixelated, interpolated, compression "
-    "artifacts, noisey, grainy",
-    "scale": 2.0,
-    "strength": 0.5,
-    "detail": 1.0,
-    "controlnet_conditioning_scale": 0.25,
-    "guidance_scale": 7.5,
-    "num_inference_steps": 20,
-    "seed": 42,
-}
-"""The endpoint's defaults in the pipeline's words."""
-UNLIMITED = Limits(
-    max_input_pixels=2**31, max_output_pixels=2**31, max_large_input_pixels=2**31, max_large_output_pixels=2**31
-)
+COLUMNS = ("dPSNR", "fidelity", "detail", "original", "colour", "border", "s / MP")
 
 
 def photographs(folders: Iterable[Path], *, crop_px: int | None = None) -> dict[str, Image.Image]:
@@ -72,13 +54,9 @@ def middle(image: Image.Image, most_px: int) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def run(pipeline: CreativeUpscaler, image: Image.Image, **changes: Any) -> tuple[Image.Image, Result]:
-    """Upscale with the endpoint's defaults but for `changes`; returns the picture and what is told of it."""
-    source, output = BytesIO(), BytesIO()
-    image.save(source, format="PNG", compress_level=1)
-    params = Params(**(DEFAULTS | changes))
-    result = pipeline(source.getvalue(), params, limits=UNLIMITED, output=output, progress=lambda report: None)
-    return Image.open(output).convert("RGB"), result
+def halved(image: Image.Image) -> Image.Image:
+    """Reduced by 2 with area averaging."""
+    return metrics.area_reduced(image, (image.width // 2, image.height // 2))
 
 
 def borders(recipe: Mapping[str, Any]) -> tuple[list[int], list[int]]:
@@ -90,8 +68,8 @@ def borders(recipe: Mapping[str, Any]) -> tuple[list[int], list[int]]:
 
 
 def measure(original: Image.Image, result: Image.Image, recipe: Mapping[str, Any]) -> dict[str, float]:
-    """Every figure of one picture."""
-    source = metrics.area_reduced(original, (original.width // 2, original.height // 2))
+    """Every figure of one picture but the time."""
+    source = halved(original)
     lanczos = source.resize(original.size, Image.Resampling.LANCZOS)
     wanted = metrics.as_array(original)
     return {
@@ -104,42 +82,45 @@ def measure(original: Image.Image, result: Image.Image, recipe: Mapping[str, Any
     }
 
 
-def flat_noise(pipeline: CreativeUpscaler, level: int, strength: float) -> float:
+def flat_noise(local: Local, endpoint: str, level: int, creativity: float) -> float:
     """Standard deviation (1/255) of what a flat picture of one grey level becomes."""
-    result, _ = run(pipeline, Image.new("RGB", (192, 192), (level,) * 3), strength=strength)
-    return float(np.asarray(result, dtype=np.float64).std(axis=(0, 1)).max())
+    made = local.make(endpoint, Image.new("RGB", (192, 192), (level,) * 3), creativity=creativity)
+    return float(np.asarray(made.image, dtype=np.float64).std(axis=(0, 1)).max())
 
 
 def main() -> None:
-    """Measure and print the table."""
+    """Measure and print a table for each endpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", type=Path)
-    parser.add_argument("--creativity", nargs="+", type=float, default=[0.1, 0.35, 0.5])
+    parser.add_argument("--endpoint", nargs="+", choices=list(ENDPOINTS), default=list(ENDPOINTS))
+    parser.add_argument("--creativity", nargs="+", type=float, default=[0.1, 0.35, 0.5], help="0..1, of its range")
     parser.add_argument("--crop", type=int, help="measure only the middle of each picture, at most this many px a side")
     parser.add_argument("--save", type=Path, help="keep the pictures in this folder")
     parser.add_argument("--per-picture", action="store_true", help="print a row for each picture as well")
     arguments = parser.parse_args()
-    pipeline = CreativeUpscaler.load(open_store("pocket", root=Path(), has_cuda=False), device="cpu")
-    names = ("dPSNR", "fidelity", "detail", "original", "colour", "border", "s / MP")
-    table = Table("creativity", "picture", *names, title="creative-upscaler, pocket weights, x2")
-    for strength in arguments.creativity:
-        rows = []
-        for name, original in photographs(arguments.folders, crop_px=arguments.crop).items():
-            source = metrics.area_reduced(original, (original.width // 2, original.height // 2))
-            result, told = run(pipeline, source, strength=strength)
-            megapixels = result.width * result.height / 1e6
-            figures = measure(original, result, told.recipe) | {"s / MP": told.timings["inference"] / megapixels}
-            rows.append(figures)
-            if arguments.per_picture:
-                table.add_row(f"{strength:g}", name, *(f"{figures[key]:.2f}" for key in names))
-            if arguments.save:
-                arguments.save.mkdir(parents=True, exist_ok=True)
-                result.save(arguments.save / f"{name}-{strength:g}.png")
-        table.add_row(f"{strength:g}", "mean", *(f"{np.mean([row[key] for row in rows]):.2f}" for key in names))
-    console = Console(file=sys.stdout, width=110)
-    console.print(table)
-    for label, level in (("grey", 128), ("dark", 16)):
-        console.print(f"noise in a flat {label} picture at 0.5: {flat_noise(pipeline, level, 0.5):.2f} / 255")
+    local, console = Local(), Console(file=sys.stdout, width=110)
+    pictures = photographs(arguments.folders, crop_px=arguments.crop)
+    for endpoint in arguments.endpoint:
+        table = Table("creativity", "picture", *COLUMNS, title=f"{endpoint}, pocket weights, x2")
+        for creativity in arguments.creativity:
+            rows = []
+            for name, original in pictures.items():
+                made = local.make(endpoint, halved(original), creativity=creativity)
+                megapixels = original.width * original.height / 1e6
+                figures = measure(original, made.image, made.recipe)
+                figures["s / MP"] = made.timings["inference"] / megapixels
+                rows.append(figures)
+                if arguments.per_picture:
+                    table.add_row(f"{creativity:g}", name, *(f"{figures[key]:.2f}" for key in COLUMNS))
+                if arguments.save:
+                    arguments.save.mkdir(parents=True, exist_ok=True)
+                    made.image.save(arguments.save / f"{endpoint.split('/')[1]}-{name}-{creativity:g}.png")
+            table.add_row(f"{creativity:g}", "mean", *(f"{np.mean([row[key] for row in rows]):.2f}" for key in COLUMNS))
+        console.print(table)
+        for label, level in (("grey", 128), ("dark", 16)):
+            console.print(
+                f"noise in a flat {label} picture at 0.5: {flat_noise(local, endpoint, level, 0.5):.2f} / 255"
+            )
 
 
 if __name__ == "__main__":

@@ -10,10 +10,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from benchmarks import metrics
-from benchmarks.quality import HELD_OUT, run
-from pipelines.creative_upscaler import CreativeUpscaler
-from weights.store import open_store
+from benchmarks.local import Local
+from benchmarks.quality import HELD_OUT, halved
+from server.endpoints import ENDPOINTS
 
 PIECE_PX = 420
 OUT = Path(__file__).parent / "pictures" / "side-by-side.jpg"
@@ -32,6 +31,7 @@ def main() -> None:
     """Upscale the photograph's half and lay three views of one piece beside each other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photograph", nargs="?", type=Path, default=HELD_OUT / "clinic.png")
+    parser.add_argument("--endpoint", choices=list(ENDPOINTS), default="fal-ai/creative-upscaler")
     parser.add_argument("--creativity", type=float, default=0.5)
     parser.add_argument("-o", "--out", type=Path, default=OUT)
     parser.add_argument("--left", type=int, default=360)
@@ -39,14 +39,13 @@ def main() -> None:
     arguments = parser.parse_args()
     original = Image.open(arguments.photograph).convert("RGB")
     original = original.crop((0, 0, original.width // 2 * 2, original.height // 2 * 2))
-    source = metrics.area_reduced(original, (original.width // 2, original.height // 2))
-    pipeline = CreativeUpscaler.load(open_store("pocket", root=Path(), has_cuda=False), device="cpu")
-    result, _ = run(pipeline, source, strength=arguments.creativity)
+    source = halved(original)
+    result = Local().make(arguments.endpoint, source, creativity=arguments.creativity).image
     box = (arguments.left, arguments.top, arguments.left + PIECE_PX, arguments.top + PIECE_PX)
     views = {
         "input": source.resize(original.size, Image.Resampling.NEAREST),
         "Lanczos": source.resize(original.size, Image.Resampling.LANCZOS),
-        f"creative-upscaler, creativity {arguments.creativity:g}": result,
+        f"{arguments.endpoint.split('/')[1]}, creativity {arguments.creativity:g}": result,
     }
     panels = [panel(view.crop(box), label) for label, view in views.items()]
     sheet = Image.new("RGB", (sum(p.width for p in panels) + 8 * (len(panels) - 1), panels[0].height), "white")

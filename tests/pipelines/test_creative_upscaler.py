@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from benchmarks import metrics
-from benchmarks.quality import DEFAULTS, UNLIMITED, borders
+from benchmarks.quality import borders
 from pipelines.creative_upscaler import CreativeUpscaler, Params, plan_size
 from pipelines.delivery import Result
 from pipelines.errors import Cancelled, ImageTooLarge, NonFiniteResult
@@ -31,6 +31,22 @@ from weights.store import WeightStore
 
 LIMITS = Limits(
     max_input_pixels=10**6, max_output_pixels=10**6, max_large_input_pixels=10**7, max_large_output_pixels=10**7
+)
+DEFAULTS: dict[str, Any] = {
+    "prompt": "high quality, highly detailed, high resolution, sharp",
+    "negative_prompt": "blurry, low resolution, bad, ugly, low quality, pixelated, interpolated, compression "
+    "artifacts, noisey, grainy",
+    "scale": 2.0,
+    "strength": 0.5,
+    "detail": 1.0,
+    "controlnet_conditioning_scale": 0.25,
+    "guidance_scale": 7.5,
+    "num_inference_steps": 20,
+    "seed": 42,
+}
+"""The endpoint's defaults in the pipeline's words, with a seed."""
+UNLIMITED = Limits(
+    max_input_pixels=2**31, max_output_pixels=2**31, max_large_input_pixels=2**31, max_large_output_pixels=2**31
 )
 QUICK = Params(**(DEFAULTS | {"num_inference_steps": 4}))
 
@@ -54,7 +70,7 @@ def weight_hash(pipeline: CreativeUpscaler) -> str:
     """One hash over every weight that requests share."""
     digest = hashlib.sha256()
     modules = (pipeline.model.unet, pipeline.model.controlnet, pipeline.model.hint_embedding, pipeline.canvas.vae.vae)
-    for module in (*modules, pipeline.model.text_encoder):
+    for module in (*modules, *pipeline.model.text_encoders):
         for tensor in module.state_dict().values():
             digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
