@@ -1,4 +1,4 @@
-"""One endpoint of the service in this process, with the fields that a caller would send: what the benchmarks measure."""
+"""The endpoints in this process, with the fields that a caller would send: what the benchmarks measure."""
 
 from __future__ import annotations
 

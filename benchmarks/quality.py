@@ -1,6 +1,6 @@
 """Faithfulness and detail of every endpoint on photographs: reduce by 2, upscale by 2 at its defaults, compare.
 
-    python -m benchmarks.quality [FOLDER ...] [--endpoint ID ...] [--creativity 0.1 0.35 0.5] [--crop PX] [--save FOLDER]
+    python -m benchmarks.quality [FOLDER ...] [--endpoint ID ...] [--creativity C ...] [--crop PX] [--save FOLDER]
 
 Without a folder it measures the three photographs in tests/photos, on which nothing was trained, and three of
 scikit-image's. Every row is a mean over the pictures; `detail` is relative to Lanczos, `original` is what the
