@@ -47,6 +47,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.quality
 	$(BIN)/python -m benchmarks.gateway
+	$(BIN)/python -m benchmarks.polling
 
 train: install
 	$(BIN)/python -m weights.pocket.train all
