@@ -1,18 +1,34 @@
 """The pre-stage: enlarge a picture to the exact output size, before diffusion redraws its detail.
 
-`CompactPreStage` runs a small super-resolution network (Real-ESRGAN's SRVGGNetCompact, arXiv:2107.10833, BSD-3) that
-doubles the picture as often as needed, in tiles; `Lanczos` is the classic filter and finishes what doubling overshoots.
+`NetworkPreStage` runs a super-resolution network (`weights.superres`: Compact, ESRGAN, Real-ESRGAN, 4x-UltraSharp) as
+often as needed, in tiles; `Lanczos` is the classic filter and finishes what the network overshoots. Both can also
+deliver their result in bands, so that a picture larger than memory can be enlarged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+
+from pipelines.spool import Pixels, Spool
+from weights.compact import load_compact
+from weights.store import WeightStore
+from weights.superres import find_network, load_network
+
+TILE_PX = 1024
+"""Side of the area that a network makes at once, of its result."""
+HALO_PX = 32
+"""Margin of input around it: as far as large networks look, in practice."""
+BAND_PX = 2**21
+"""Most pixels in one band of a result, where the least height of a band allows."""
+LEAST_BAND_ROWS = 128
+"""Of input: lower bands would compute more margin than picture."""
 
 
 def nothing() -> None:
@@ -22,23 +38,36 @@ def nothing() -> None:
 class PreStage(Protocol):
     """Anything that enlarges a picture."""
 
-    def __call__(self, image: Tensor, size: tuple[int, int], on_tile: Callable[[], None] = nothing) -> Tensor:
+    def __call__(
+        self, image: Tensor, size: tuple[int, int], on_tile: Callable[[], None] = nothing, *, seed: int = 0
+    ) -> Tensor:
         """Resize an image.
 
         Args:
             image: (1, 3, h, w) float32, 0..1.
             size: Wanted (height, width) in px.
             on_tile: Called after each piece of work; may raise to stop.
+            seed: Decides all noise; pre-stages without noise ignore it.
 
         Returns:
             (1, 3, height, width) float32, clamped to 0..1, on the device of `image`.
         """
 
 
+class BandedPreStage(PreStage, Protocol):
+    """A pre-stage for pictures of any size."""
+
+    def bands(self, image: Pixels, size: tuple[int, int], on_tile: Callable[[], None] = nothing) -> Iterator[Tensor]:
+        """Resize an image as `__call__` does, delivered as bands (1, 3, rows, width) from top to bottom."""
+        ...
+
+
 class Lanczos:
     """Windowed sinc of three lobes, widened to the source's pixels when a picture gets smaller; works on the CPU."""
 
-    def __call__(self, image: Tensor, size: tuple[int, int], on_tile: Callable[[], None] = nothing) -> Tensor:
+    def __call__(
+        self, image: Tensor, size: tuple[int, int], on_tile: Callable[[], None] = nothing, *, seed: int = 0
+    ) -> Tensor:
         """Resize an image; see `PreStage`."""
         height, width = size
         if image.shape[-2:] == (height, width):
@@ -49,46 +78,109 @@ class Lanczos:
             target.copy_(torch.from_numpy(np.array(channel)))
         return resized.clamp_(0, 1).to(image.device)
 
+    def bands(self, image: Pixels, size: tuple[int, int], on_tile: Callable[[], None] = nothing) -> Iterator[Tensor]:
+        """Resize an image; see `BandedPreStage`."""
+        height, width = size
+        source_height, source_width = image.shape[-2:]
+        ratio = source_height / height
+        reach = 3 * max(1.0, ratio)
+        rows = max(16, BAND_PX // max(width, math.ceil(ratio * source_width)))
+        for top in range(0, height, rows):
+            bottom = min(top + rows, height)
+            upper = max(0, math.floor(top * ratio - reach))
+            slab = image[..., upper : min(source_height, math.ceil(bottom * ratio + reach)), :]
+            if (source_height, source_width) == size:
+                band = image[..., top:bottom, :]
+            else:
+                box = (0.0, top * ratio - upper, float(source_width), min(bottom * ratio - upper, slab.shape[-2]))
+                band = torch.stack([_resized(channel, (width, bottom - top), box) for channel in slab[0].cpu()])[None]
+            on_tile()
+            yield band.clamp(0, 1)
 
-class CompactPreStage:
-    """Enlarge with a ×2 network as often as needed, then shrink to the exact size.
+
+def _resized(channel: Tensor, size: tuple[int, int], box: tuple[float, float, float, float]) -> Tensor:
+    picture = Image.fromarray(channel.float().numpy()).resize(size, Image.Resampling.LANCZOS, box=box)
+    return torch.from_numpy(np.array(picture))
+
+
+class NetworkPreStage:
+    """Enlarge with a network of a whole factor as often as needed, then shrink to the exact size.
 
     Tiles are computed with a margin and only their centres are kept: as long as the margin is no narrower than the
     reach of the network, the result is that of one pass over the whole picture.
 
     Args:
-        model: Maps (1, 3, h, w) in 0..1 to (1, 3, 2h, 2w); used on the device and in the type of its parameters.
-        tile_px: Side of a tile's centre, in input px.
-        halo_px: Margin around it; Compact with 8 inner convolutions reaches 10 px.
+        model: Maps (1, 3, h, w) in 0..1 to `upscale` times the sides; used on the device and in the type of its
+            parameters. See `weights.superres.Network`.
+        tile_px: Side of a tile's centre, in input px; 1024 px of the result unless given.
+        halo_px: Margin around it; `HALO_PX`, or the reach of the network where it tells a smaller one.
     """
 
-    def __init__(self, model: nn.Module, *, tile_px: int = 512, halo_px: int = 32) -> None:
+    def __init__(self, model: nn.Module, *, tile_px: int | None = None, halo_px: int | None = None) -> None:
         self.model = model
-        self.tile_px = tile_px
-        self.halo_px = halo_px
+        self.factor = int(getattr(model, "upscale", 1))
+        self.tile_px = tile_px or TILE_PX // self.factor
+        self.halo_px = min(HALO_PX, int(getattr(model, "receptive_px", HALO_PX))) if halo_px is None else halo_px
 
     @torch.inference_mode()
-    def __call__(self, image: Tensor, size: tuple[int, int], on_tile: Callable[[], None] = nothing) -> Tensor:
+    def __call__(
+        self, image: Tensor, size: tuple[int, int], on_tile: Callable[[], None] = nothing, *, seed: int = 0
+    ) -> Tensor:
         """Resize an image; see `PreStage`. An image that already has the size is returned as it is."""
-        height, width = size
-        while image.shape[-2] < height or image.shape[-1] < width:
-            image = self._double(image, on_tile)
+        while self.factor > 1 and (image.shape[-2] < size[0] or image.shape[-1] < size[1]):
+            enlarged = torch.empty(1, 3, self.factor * image.shape[-2], self.factor * image.shape[-1])
+            enlarged, top = enlarged.to(image.device), 0
+            for band in self._enlarged(image, self.tile_px, on_tile):
+                enlarged[..., top : top + band.shape[-2], :] = band
+                top += band.shape[-2]
+            image = enlarged
         return Lanczos()(image, size)
 
-    def _double(self, image: Tensor, on_tile: Callable[[], None]) -> Tensor:
-        """(1, 3, h, w) -> (1, 3, 2h, 2w), on the device of `image`, one network pass per tile."""
+    @torch.inference_mode()
+    def bands(self, image: Pixels, size: tuple[int, int], on_tile: Callable[[], None] = nothing) -> Iterator[Tensor]:
+        """Resize an image; see `BandedPreStage`. What lies between two passes of the network is spooled."""
+        while self.factor > 1 and (image.shape[-2] < size[0] or image.shape[-1] < size[1]):
+            height, width = self.factor * image.shape[-2], self.factor * image.shape[-1]
+            rows = max(LEAST_BAND_ROWS, BAND_PX // (self.factor * width))
+            enlarged = self._enlarged(image, min(self.tile_px, rows), on_tile)
+            if (height, width) == size:
+                yield from enlarged
+                return
+            image = Spool.of(enlarged, height, width)
+        yield from Lanczos().bands(image, size, on_tile)
+
+    def _enlarged(self, image: Pixels, tile_rows: int, on_tile: Callable[[], None]) -> Iterator[Tensor]:
+        """Bands (1, 3, rows, factor · w), float32, one network pass per tile."""
         height, width = image.shape[-2:]
-        doubled = torch.empty(1, 3, 2 * height, 2 * width, device=image.device)
         like = next(self.model.parameters())
-        for top in range(0, height, self.tile_px):
+        for top in range(0, height, tile_rows):
+            bottom = min(top + tile_rows, height)
+            upper = max(top - self.halo_px, 0)
+            band = torch.empty(1, 3, self.factor * (bottom - top), self.factor * width)
             for left in range(0, width, self.tile_px):
-                bottom, right = min(top + self.tile_px, height), min(left + self.tile_px, width)
-                upper, outer = max(top - self.halo_px, 0), max(left - self.halo_px, 0)
+                right = min(left + self.tile_px, width)
+                outer = max(left - self.halo_px, 0)
                 tile = image[..., upper : bottom + self.halo_px, outer : right + self.halo_px]
                 result = self.model(tile.to(like))
-                rows, columns = 2 * (top - upper), 2 * (left - outer)
-                doubled[..., 2 * top : 2 * bottom, 2 * left : 2 * right] = result[
-                    ..., rows : rows + 2 * (bottom - top), columns : columns + 2 * (right - left)
+                rows, columns = self.factor * (top - upper), self.factor * (left - outer)
+                band[..., self.factor * left : self.factor * right] = result[
+                    ...,
+                    rows : rows + self.factor * (bottom - top),
+                    columns : columns + self.factor * (right - left),
                 ]
                 on_tile()
-        return doubled.clamp_(0, 1)
+            yield band.clamp_(0, 1)
+
+
+def load_prestage(store: WeightStore, device: torch.device) -> NetworkPreStage | Lanczos:
+    """The pre-stage of a set of weights: the network file in `upscaler`, else the set's Compact network, else Lanczos.
+
+    Raises:
+        UnsuitableNetwork: The file in `upscaler` cannot be read, or there are several.
+    """
+    file = find_network(store.folder("upscaler")) if store.has("upscaler") else None
+    if file is not None:
+        return NetworkPreStage(load_network(file).to(device))
+    if store.has("upscaler-compact-x2"):
+        return NetworkPreStage(load_compact(store.folder("upscaler-compact-x2")).to(device))
+    return Lanczos()

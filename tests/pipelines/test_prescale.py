@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
-from pipelines.prescale import CompactPreStage, Lanczos
+from pipelines import prescale
+from pipelines.prescale import Lanczos, NetworkPreStage, load_prestage
+from pipelines.spool import Spool
 from weights.compact import Compact
+from weights.rrdbnet import RRDBNet
+from weights.store import WeightStore
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +38,8 @@ def test_lanczos_is_pillows(size: tuple[int, int]) -> None:
     assert np.abs(resized[0].permute(1, 2, 0).numpy() - expected).max() < 2 / 255
 
 
-@pytest.mark.parametrize("stage", [Lanczos(), CompactPreStage(torch.nn.Identity())])
-def test_the_same_size_is_the_picture_itself(stage: Lanczos | CompactPreStage) -> None:
+@pytest.mark.parametrize("stage", [Lanczos(), NetworkPreStage(torch.nn.Identity())])
+def test_the_same_size_is_the_picture_itself(stage: Lanczos | NetworkPreStage) -> None:
     """Scale 1 costs nothing and changes nothing."""
     image = torch.rand(1, 3, 9, 7)
 
@@ -45,7 +52,7 @@ def test_tiles_equal_one_pass(shape: tuple[int, int], compact: Compact) -> None:
     image = torch.rand(1, 3, *shape)
     size = (2 * shape[0], 2 * shape[1])
 
-    tiled = CompactPreStage(compact, tile_px=16, halo_px=10)(image, size)
+    tiled = NetworkPreStage(compact, tile_px=16, halo_px=10)(image, size)
 
     assert torch.allclose(tiled, compact(image).clamp(0, 1), atol=1e-5)
 
@@ -57,7 +64,7 @@ def test_doubles_as_often_as_needed(scale: float, passes: int, compact: Compact)
     handle = compact.register_forward_hook(lambda *_: calls.append(1))
     size = (round(13 * scale), round(17 * scale))
 
-    enlarged = CompactPreStage(compact)(torch.rand(1, 3, 13, 17), size)
+    enlarged = NetworkPreStage(compact)(torch.rand(1, 3, 13, 17), size)
 
     handle.remove()
     assert enlarged.shape == (1, 3, *size)
@@ -70,4 +77,55 @@ def test_a_half_precision_network_gives_single_precision_pictures(compact: Compa
     """The network's type is its own business."""
     model = Compact(num_feat=8, num_conv=1).to(torch.bfloat16)
 
-    assert CompactPreStage(model)(torch.rand(1, 3, 8, 8), (16, 16)).dtype == torch.float32
+    assert NetworkPreStage(model)(torch.rand(1, 3, 8, 8), (16, 16)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", [(74, 122), (148, 244), (37, 61), (90, 100), (20, 30)])
+@pytest.mark.parametrize("spooled", [False, True])
+def test_bands_are_the_whole_picture(
+    size: tuple[int, int], spooled: bool, compact: Compact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Enlarged band by band, from memory or from a file, the picture is the one enlarged at once."""
+    monkeypatch.setattr(prescale, "BAND_PX", 2000)
+    monkeypatch.setattr(prescale, "LEAST_BAND_ROWS", 8)
+    image = torch.rand(1, 3, 37, 61)
+    for stage in (Lanczos(), NetworkPreStage(compact)):
+        bands = list(stage.bands(Spool.of([image], 37, 61) if spooled else image, size))
+
+        assert len(bands) > 1
+        assert torch.allclose(torch.cat(bands, dim=-2), stage(image, size), atol=2e-3 if spooled else 2e-4)
+
+
+def test_a_network_of_factor_four_is_run_until_both_sides_are_reached() -> None:
+    """An ESRGAN-class network serves any factor: four times as often as needed, then Lanczos."""
+    model = RRDBNet(num_block=1, num_feat=4, num_grow=4).eval()
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+
+    enlarged = NetworkPreStage(model)(torch.rand(1, 3, 10, 6), (50, 30))
+
+    assert enlarged.shape == (1, 3, 50, 30)
+    assert len(calls) == 2
+
+
+def test_the_operators_network_comes_before_the_sets_own(tmp_path: Path) -> None:
+    """A file in `upscaler` is used; without one Lanczos."""
+    store = WeightStore("full", tmp_path)
+    (tmp_path / "upscaler").mkdir()
+
+    assert isinstance(load_prestage(store, torch.device("cpu")), Lanczos)
+    save_file(dict(RRDBNet(num_block=1, num_feat=4, num_grow=4).state_dict()), tmp_path / "upscaler/x.safetensors")
+    stage = load_prestage(store, torch.device("cpu"))
+    assert isinstance(stage, NetworkPreStage) and stage.factor == 4
+
+
+def test_a_spool_gives_back_what_was_written() -> None:
+    """Any piece, to 16 bits, and a spool that was not filled is an error."""
+    image = torch.rand(1, 3, 23, 17)
+    spool = Spool.of(image.split(5, dim=-2), 23, 17)
+
+    assert spool.shape == image.shape
+    assert torch.allclose(spool[..., 3:19, 4:-2], image[..., 3:19, 4:-2], atol=1e-5)
+    assert torch.allclose(spool[..., 20:99, :], image[..., 20:, :], atol=1e-5)
+    with pytest.raises(ValueError, match="Expected 24 rows"):
+        Spool.of([image], 24, 17)

@@ -1,0 +1,144 @@
+"""Files of super-resolution networks as people publish them: which network is in one, and that network, loaded.
+
+RRDBNet and Compact are read here; what else spandrel knows is read through it where it is installed (it needs
+torchvision, so it is not installed by default).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from weights.compact import Compact
+from weights.rrdbnet import UnsuitableNetwork, is_rrdbnet, rrdbnet_of
+
+SUFFIXES = (".safetensors", ".pth")
+_WRAPPERS = ("params_ema", "params-ema", "params", "model_state_dict", "state_dict", "model")
+"""Keys under which training scripts put the tensors they saved; the averaged ones first."""
+
+
+class Network(Protocol):
+    """Enlarges (B, 3, H, W), 0..1, by the whole factor `upscale`."""
+
+    upscale: int
+
+    def __call__(self, image: Tensor) -> Tensor: ...
+
+
+def load_network(file: Path) -> nn.Module:
+    """Load the super-resolution network in a file; it has `upscale`, see `Network`.
+
+    Args:
+        file: `.safetensors`, or `.pth`, of which only tensors are read (torch's `weights_only`).
+
+    Returns:
+        The network in float32, in evaluation mode, on the CPU.
+
+    Raises:
+        UnsuitableNetwork: It is none that can be read.
+    """
+    tensors = read_tensors(file)
+    for recognises, build in _NETWORKS:
+        if recognises(tensors):
+            return build(tensors)
+    return _through_spandrel(file)
+
+
+def find_network(folder: Path) -> Path | None:
+    """The one network file in a folder; None where there is none.
+
+    Raises:
+        UnsuitableNetwork: There are several.
+    """
+    files = sorted(file for file in folder.glob("*") if file.suffix in SUFFIXES)
+    if len(files) > 1:
+        raise UnsuitableNetwork(f"Expected one network in {folder}; found {', '.join(file.name for file in files)}.")
+    return files[0] if files else None
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, without the wrappings that training scripts leave around them.
+
+    Raises:
+        UnsuitableNetwork: The file holds no tensors by name.
+    """
+    loaded: Any = load_file(file) if file.suffix == ".safetensors" else _unpickled(file)
+    while isinstance(loaded, Mapping) and (key := next((key for key in _WRAPPERS if key in loaded), None)):
+        loaded = loaded[key]
+    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise UnsuitableNetwork(f"{file.name} holds no tensors by name.")
+    return {name.removeprefix("module."): tensor for name, tensor in loaded.items()}
+
+
+def _unpickled(file: Path) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever a pickle leads to
+        raise UnsuitableNetwork(f"{file.name} holds more than tensors, or is damaged: {error}") from error
+
+
+def is_compact(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the tensors are a Compact network's: nothing but `body.N`, from a convolution to a convolution."""
+    return "body.0.weight" in tensors and all(re.fullmatch(r"body\.\d+\.(weight|bias)", name) for name in tensors)
+
+
+def compact_of(tensors: Mapping[str, Tensor]) -> Compact:
+    """Build the Compact network that a file's tensors describe (realesr-general-x4v3 and its like), and fill it.
+
+    Raises:
+        UnsuitableNetwork: It is of a variant that is not read here.
+    """
+    convs = sorted(int(name.split(".")[1]) for name, tensor in tensors.items() if tensor.ndim == 4)
+    first, last = tensors["body.0.weight"], tensors[f"body.{convs[-1]}.weight"]
+    upscale = math.isqrt(last.shape[0] // first.shape[1])
+    try:
+        model = Compact(
+            num_in_ch=first.shape[1],
+            num_out_ch=first.shape[1],
+            num_feat=first.shape[0],
+            num_conv=len(convs) - 2,
+            upscale=upscale,
+        )
+        model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    except RuntimeError as error:
+        raise UnsuitableNetwork(f"The tensors are not those of a Compact network: {error}") from error
+    return model.eval()
+
+
+_NETWORKS: Sequence[tuple[Callable[[Mapping[str, Tensor]], bool], Callable[[Mapping[str, Tensor]], nn.Module]]] = (
+    (is_rrdbnet, rrdbnet_of),
+    (is_compact, compact_of),
+)
+
+
+class _Spandrel(nn.Module):
+    """A network that spandrel loaded, in the words of ours."""
+
+    def __init__(self, descriptor: Any) -> None:
+        super().__init__()
+        self.model, self.upscale = descriptor.model, int(descriptor.scale)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """See `Network`."""
+        return self.model(image)
+
+
+def _through_spandrel(file: Path) -> nn.Module:
+    try:
+        import spandrel
+    except ImportError as error:
+        raise UnsuitableNetwork(
+            f"{file.name} is neither an RRDB (ESRGAN, Real-ESRGAN) nor a Compact network. Install spandrel to read "
+            "other architectures."
+        ) from error
+    descriptor: Any = spandrel.ModelLoader(device="cpu").load_from_file(file)
+    if not isinstance(descriptor, spandrel.ImageModelDescriptor) or descriptor.input_channels != 3:
+        raise UnsuitableNetwork(f"{file.name} does not enlarge colour pictures.")
+    return _Spandrel(descriptor).eval()
