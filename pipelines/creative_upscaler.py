@@ -24,14 +24,14 @@ from pipelines.images import decode
 from pipelines.multidiffusion import tiled_denoise
 from pipelines.planning import Limits, check_memory
 from pipelines.planning import plan_size as plan_any_size
-from pipelines.prescale import CompactPreStage, Lanczos, PreStage
+from pipelines.prescale import PreStage, load_prestage
 from pipelines.progress import Progress, Stages
 from pipelines.redraw import Bands, Canvas, Tones
 from pipelines.samplers import NoiseSampler
 from pipelines.schedules import detail_factor, sigma_bounds, sigma_ramp
-from pipelines.sd15 import Conditioning, StableDiffusion15
+from pipelines.sd15 import StableDiffusion15
 from pipelines.tiling import Grid
-from weights.compact import load_compact
+from pipelines.unet import Conditioning
 from weights.store import WeightStore
 
 MAX_TILE_PX = 768
@@ -80,9 +80,7 @@ class CreativeUpscaler:
         model = StableDiffusion15.load(
             store.folder("sd15"), store.folder("controlnet-tile-sd15"), device=target, dtype=dtype
         )
-        prestage: PreStage = Lanczos()
-        if store.has("upscaler-compact-x2"):
-            prestage = CompactPreStage(load_compact(store.folder("upscaler-compact-x2")).to(target))
+        prestage = load_prestage(store, target)
         return cls(model, vae.to(target), prestage, weights={"set": store.name, "sha256": store.digest()})
 
     @torch.inference_mode()

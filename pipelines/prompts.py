@@ -101,15 +101,60 @@ def encode_prompts(
     Raises:
         ValueError: a textual inversion does not fit the text encoder, or has more vectors than a chunk has tokens.
     """
-    dim = text_encoder.get_input_embeddings().weight.shape[1]
-    vectors = {name.lower(): _checked_vectors(name, vector, dim) for name, vector in (embeddings or {}).items()}
-    chunked = [_chunks(parse(prompt), tokenizer, vectors) for prompt in prompts]
-    num_chunks = max(len(chunks) for chunks in chunked)
-    for chunks in chunked:
-        chunks.extend(_Chunk() for _ in range(num_chunks - len(chunks)))
-    return torch.cat(
-        [_encode_chunks(chunks, tokenizer, text_encoder, clip_skip) for chunks in zip(*chunked, strict=True)], dim=1
-    )
+    chunked = _cut_prompts(prompts, tokenizer, text_encoder, embeddings or {})
+    _even_out(chunked)
+    parts = []
+    for chunks in zip(*chunked, strict=True):
+        output = _encode_chunks(chunks, tokenizer, text_encoder, output_hidden_states=clip_skip > 0)
+        hidden = output.last_hidden_state
+        if clip_skip:
+            hidden = text_encoder.final_layer_norm(output.hidden_states[-1 - clip_skip])
+        parts.append(_weighted_chunks(hidden, chunks))
+    return torch.cat(parts, dim=1)
+
+
+def encode_prompts_side_by_side(
+    prompts: Sequence[str],
+    *,
+    tokenizers: Sequence[Any],
+    text_encoders: Sequence[Any],
+    embeddings: Sequence[Mapping[str, Tensor]] = (),
+) -> tuple[Tensor, Tensor]:
+    """Encode prompts with several CLIP text encoders, as Stable Diffusion XL wants them.
+
+    What counts is the state before each encoder's last layer, without its final normalisation, and the pooled vector
+    that the last encoder makes of the first chunk, without weights.
+
+    Args:
+        prompts: Texts in the notation of the module docstring.
+        tokenizers: One for each encoder; not changed.
+        text_encoders: `CLIPTextModel`s, the last one with projection; not changed.
+        embeddings: Textual inversions for each encoder, as in `encode_prompts`; empty for none.
+
+    Returns:
+        (len(prompts), 77 · num_chunks, sum of the encoders' dims) and (len(prompts), projection dim), in the dtype
+        and on the device of the text encoders.
+
+    Raises:
+        ValueError: As `encode_prompts`.
+    """
+    of_encoders = [
+        _cut_prompts(prompts, tokenizer, text_encoder, vectors)
+        for tokenizer, text_encoder, vectors in zip(
+            tokenizers, text_encoders, embeddings or [{}] * len(text_encoders), strict=True
+        )
+    ]
+    _even_out([chunks for chunked in of_encoders for chunks in chunked])
+    states, pooled = [], []
+    for tokenizer, text_encoder, chunked in zip(tokenizers, text_encoders, of_encoders, strict=True):
+        parts = []
+        for chunks in zip(*chunked, strict=True):
+            output = _encode_chunks(chunks, tokenizer, text_encoder, output_hidden_states=True)
+            parts.append(_weighted_chunks(output.hidden_states[-2], chunks))
+            if text_encoder is text_encoders[-1]:
+                pooled.append(output.text_embeds)
+        states.append(torch.cat(parts, dim=1))
+    return torch.cat(states, dim=-1), pooled[0]
 
 
 @dataclass
@@ -199,7 +244,8 @@ def _tokens(text: str, tokenizer: Any, vectors: Mapping[str, Tensor]) -> Iterato
     parts = re.split(rf"(?<![\w-])({pattern})(?![\w-])", text, flags=re.IGNORECASE)
     for index, part in enumerate(parts):
         if index % 2:
-            yield tokenizer.eos_token_id, vectors[part.lower()]
+            # A placeholder that occurs nowhere else; encoders pool at the first end token, so not that one.
+            yield tokenizer.bos_token_id, vectors[part.lower()]
         elif part.strip():
             for token in tokenizer(part, add_special_tokens=False, truncation=False, verbose=False).input_ids:
                 yield token, None
@@ -213,8 +259,24 @@ def _cut(chunk: _Chunk, next_token: int, comma: int) -> int:
     return next((place + 1 for place in near if chunk.tokens[place] == comma), CHUNK_TOKENS)
 
 
-def _encode_chunks(chunks: Sequence[_Chunk], tokenizer: Any, text_encoder: Any, clip_skip: int) -> Tensor:
-    """Encode one chunk of every prompt; returns (len(chunks), 77, dim)."""
+def _cut_prompts(
+    prompts: Sequence[str], tokenizer: Any, text_encoder: Any, embeddings: Mapping[str, Tensor]
+) -> list[list[_Chunk]]:
+    """The chunks of every prompt, for one text encoder."""
+    dim = text_encoder.get_input_embeddings().weight.shape[1]
+    vectors = {name.lower(): _checked_vectors(name, vector, dim) for name, vector in embeddings.items()}
+    return [_chunks(parse(prompt), tokenizer, vectors) for prompt in prompts]
+
+
+def _even_out(chunked: Sequence[list[_Chunk]]) -> None:
+    """Append empty chunks in place until all lists are equally long."""
+    num_chunks = max(len(chunks) for chunks in chunked)
+    for chunks in chunked:
+        chunks.extend(_Chunk() for _ in range(num_chunks - len(chunks)))
+
+
+def _encode_chunks(chunks: Sequence[_Chunk], tokenizer: Any, text_encoder: Any, *, output_hidden_states: bool) -> Any:
+    """Encode one chunk of every prompt; returns what the text encoder does, hidden states (len(chunks), 77, dim)."""
     embedding = text_encoder.get_input_embeddings()
     device = embedding.weight.device
     rows = []
@@ -223,11 +285,7 @@ def _encode_chunks(chunks: Sequence[_Chunk], tokenizer: Any, text_encoder: Any, 
         rows.append([tokenizer.bos_token_id, *chunk.tokens, tokenizer.eos_token_id, *padding])
     tokens = torch.tensor(rows, device=device)
     with _replaced_vectors(embedding, [chunk.vectors for chunk in chunks]):
-        output = text_encoder(tokens, output_hidden_states=clip_skip > 0)
-    hidden: Tensor = output.last_hidden_state
-    if clip_skip:
-        hidden = text_encoder.final_layer_norm(output.hidden_states[-1 - clip_skip])
-    return torch.stack([_weighted(states, chunk.weights) for states, chunk in zip(hidden, chunks, strict=True)])
+        return text_encoder(tokens, output_hidden_states=output_hidden_states)
 
 
 @contextmanager
@@ -246,6 +304,10 @@ def _replaced_vectors(embedding: torch.nn.Module, replacements: Sequence[Mapping
         yield
     finally:
         handle.remove()
+
+
+def _weighted_chunks(hidden: Tensor, chunks: Sequence[_Chunk]) -> Tensor:
+    return torch.stack([_weighted(states, chunk.weights) for states, chunk in zip(hidden, chunks, strict=True)])
 
 
 def _weighted(states: Tensor, weights: Sequence[float]) -> Tensor:
