@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
+from skimage import data
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from weights.compact import load_compact
@@ -16,23 +17,25 @@ from weights.pocket.data import PHOTO_WORDS, PHOTOS, Corpus, draw_picture
 from weights.pocket.degrade import to_tensor
 from weights.pocket.loop import Options, train
 from weights.pocket.text import ALL_FAULTS, token_ids
-from weights.pocket.train import PARTS, main
+from weights.pocket.train import main
 from weights.pocket.train_sd15 import Sd15Trainee
 from weights.pocket.train_upscaler import UpscalerTrainee
 from weights.pocket.train_vae import VaeTrainee
 
 MODELS = PHOTOS.parent / "models"
 EVALUATION = Path(__file__).parents[1] / "photos"
-MAX_BYTES = 20_000_000
-# Measured on the middle 512 x 512 pixels of the committed codec, less half a decibel.
-ROUND_TRIP_DB = {"ceiling": 25.5, "clinic": 28.9, "shuttle": 27.7}
+MAX_BYTES = 40_000_000
+UNSEEN = ("ceiling", "clinic", "shuttle", "astronaut", "coffee", "chelsea")
+"""Photographs that were never trained on: those of this folder, and three of scikit-image's."""
 
 
-def read(name: str, side: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The middle `side` x `side` pixels of an evaluation photograph."""
-    pixels = np.asarray(Image.open(EVALUATION / f"{name}.png").convert("RGB"))
-    top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
-    return np.ascontiguousarray(pixels[top : top + side, left : left + side])
+def read(name: str, most_px: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The middle of an unseen photograph, at most `most_px` a side and in multiples of 8."""
+    file = EVALUATION / f"{name}.png"
+    pixels = np.asarray(Image.open(file).convert("RGB")) if file.exists() else getattr(data, name)()
+    height, width = (min(side, most_px) // 8 * 8 for side in pixels.shape[:2])
+    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+    return np.ascontiguousarray(pixels[top : top + height, left : left + width])
 
 
 def psnr(first: torch.Tensor, second: torch.Tensor) -> float:
@@ -60,7 +63,7 @@ def tiny(tmp_path: Path) -> Options:
 
 
 def test_the_whole_set_stays_small() -> None:
-    """All files of the set together are at most 20 MB."""
+    """All files of the set together are at most 40 MB."""
     sizes = [file.stat().st_size for file in MODELS.rglob("*") if file.is_file()]
 
     assert 0 < sum(sizes) <= MAX_BYTES
@@ -70,7 +73,9 @@ def test_the_parts_fit_together() -> None:
     """One step through text encoder, ControlNet, UNet and codec, all loaded offline, gives a finite picture."""
     vae: Any = AutoencoderKL.from_pretrained(MODELS / "vae", local_files_only=True)
     unet: Any = UNet2DConditionModel.from_pretrained(MODELS / "sd15" / "unet", local_files_only=True)
-    text: Any = CLIPTextModel.from_pretrained(MODELS / "sd15" / "text_encoder", local_files_only=True)
+    text: Any = CLIPTextModel.from_pretrained(
+        MODELS / "sd15" / "text_encoder", dtype=torch.float32, local_files_only=True
+    )
     controlnet: Any = ControlNetModel.from_pretrained(MODELS / "controlnet-tile-sd15", local_files_only=True)
     scheduler: Any = DDIMScheduler.from_pretrained(MODELS / "sd15" / "scheduler", local_files_only=True)
     latents = torch.randn(1, vae.config.latent_channels, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -89,9 +94,9 @@ def test_the_parts_fit_together() -> None:
 
 
 def test_the_codec_gives_photographs_back() -> None:
-    """Photographs that were never trained on survive encoding and decoding, and latents have a deviation of about 1."""
+    """Six unseen photographs survive encoding and decoding with 31 dB or more, and latents have a deviation of 1."""
     vae: Any = AutoencoderKL.from_pretrained(MODELS / "vae", local_files_only=True)
-    images = {name: to_tensor(read(name, 512)[None]) for name in ROUND_TRIP_DB}
+    images = {name: to_tensor(read(name, 512)[None]) for name in UNSEEN}
 
     with torch.inference_mode():
         latents = {name: vae.encode(image * 2 - 1).latent_dist.mean for name, image in images.items()}
@@ -99,7 +104,7 @@ def test_the_codec_gives_photographs_back() -> None:
 
     measured = {name: round(psnr(restored[name], images[name]), 2) for name in images}
     deviations = [float(each.std()) * vae.config.scaling_factor for each in latents.values()]
-    assert {name for name, value in measured.items() if value < ROUND_TRIP_DB[name]} == set(), measured
+    assert sum(measured.values()) / len(measured) >= 31, measured
     assert 0.5 < sum(deviations) / len(deviations) < 1.5, deviations
 
 
@@ -108,10 +113,11 @@ def test_the_pre_upscaler_beats_lanczos() -> None:
     model = load_compact(MODELS / "upscaler-compact-x2")
     gains, details = {}, {}
 
-    for name in ROUND_TRIP_DB:
+    for name in UNSEEN:
         truth = read(name, 384)
-        small = truth.reshape(192, 2, 192, 2, 3).mean((1, 3)).round().astype(np.uint8)
-        lanczos = np.array(Image.fromarray(small).resize((384, 384), Image.Resampling.LANCZOS))
+        height, width = truth.shape[:2]
+        small = truth.reshape(height // 2, 2, width // 2, 2, 3).mean((1, 3)).round().astype(np.uint8)
+        lanczos = np.array(Image.fromarray(small).resize((width, height), Image.Resampling.LANCZOS))
         with torch.inference_mode():
             ours = model(to_tensor(small[None])).clamp(0, 1)
         target = to_tensor(truth[None])
@@ -216,5 +222,4 @@ def test_the_command_trains_a_part(tmp_path: Path) -> None:
 
     main(["upscaler", "--steps", "1", "--batch", "1", "--drawings", "1", "--threads", "1", *folders])
 
-    assert list(PARTS) == ["upscaler", "vae", "sd15"]
     assert (tmp_path / "models" / "upscaler-compact-x2" / "model.safetensors").is_file()

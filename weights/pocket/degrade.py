@@ -63,7 +63,7 @@ def spoil(image: Tensor, fault: int, rng: np.random.Generator) -> Tensor:
     if fault == 2:
         return compress(image, int(rng.integers(10, 40)))
     grain = torch.from_numpy(rng.standard_normal(image.shape, dtype=np.float32)).to(image.device)
-    return (image + grain * float(rng.uniform(6, 24)) / 255).clamp(0, 1)
+    return (image + grain * float(rng.uniform(4, 14)) / 255).clamp(0, 1)
 
 
 def enlarge_lanczos(image: Tensor, factor: int) -> Tensor:

@@ -76,8 +76,10 @@ class Sd15Trainee(DenoiserTrainee):
 
     def export(self, modules: nn.ModuleDict, models: Path) -> None:
         """Write `sd15` (UNet, text encoder, tokenizer, schedule) and `controlnet-tile-sd15`."""
-        folders = {"unet": "sd15/unet", "text_encoder": "sd15/text_encoder", "controlnet": "controlnet-tile-sd15"}
-        for name, folder in folders.items():
-            save_half(modules[name], models / folder)
+        save_half(modules["unet"], models / "sd15" / "unet")
+        save_half(modules["controlnet"], models / "controlnet-tile-sd15")
+        # In 32 bits: transformers would load it as it is stored, diffusers loads the others in 32 bits.
+        text_encoder: Any = modules["text_encoder"]
+        text_encoder.save_pretrained(models / "sd15" / "text_encoder")
         self.tokenizer.save_pretrained(models / "sd15" / "tokenizer")
         self.scheduler.save_pretrained(models / "sd15" / "scheduler")

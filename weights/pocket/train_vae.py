@@ -204,10 +204,10 @@ class VaeTrainee:
         self.corpus = Corpus(options.seed + 1, num_drawings=options.num_drawings, photo_share=0.6)
         vae = build_vae()
         if not (options.build / f"{self.name}.pt").exists():
-            self.begin_linear(vae)
+            self.begin_linear(vae, steps=min(LINEAR_STEPS, options.steps or LINEAR_STEPS))
         self.modules = nn.ModuleDict({"vae": vae})
 
-    def begin_linear(self, vae: Any, *, steps: int = LINEAR_STEPS) -> None:
+    def begin_linear(self, vae: Any, *, steps: int) -> None:
         """Start from principal components: fit the linear way back to them, then put both into the codec."""
         rng = np.random.default_rng(self.options.seed)
         codec = LinearCodec(vae)
