@@ -351,7 +351,7 @@ def authority_environment(server: dict[str, Any]) -> dict[str, str]:
     """What makes clients trust our own authority; nothing where the operator's certificate serves."""
     if not server["own_ca"]:
         return {}
-    folder = Path(server["tls_dir"])
+    folder = Path(server["trust_dir"])
     return {"SSL_CERT_FILE": str(folder / "ca-bundle.pem"), "NODE_EXTRA_CA_CERTS": str(folder / "ca.pem")}
 
 

@@ -74,6 +74,9 @@ class Settings(BaseSettings):
     )
     tls_cert: Folder | None = Field(None, description="Certificate chain (PEM) to serve instead of our own.")
     tls_key: Folder | None = Field(None, description="Private key (PEM) of `tls_cert`.")
+    tls_names: Names = Field(
+        default_factory=list, description="More names for our certificate, such as this service's in a compose network."
+    )
     public_url: BaseURL | None = Field(None, description="Base of the URLs in answers; else taken from the request.")
     trusted_proxies: Names = Field(
         default_factory=list, description="Addresses or networks whose X-Forwarded-Proto/-Host are believed."
@@ -188,6 +191,11 @@ class Settings(BaseSettings):
     def tls_dir(self) -> Path:
         """Our certificates and their keys."""
         return self.data / "tls"
+
+    @property
+    def trust_dir(self) -> Path:
+        """What clients trust: our authority without its key, so that this folder can be shared."""
+        return self.tls_dir / "trust"
 
     def make_folders(self) -> None:
         """Create the folders that roles need, readable by this user only."""

@@ -262,7 +262,7 @@ class Supervisor:
             "tls_port": settings.tls_port,
             "fal_proxy_port": settings.fal_proxy_port,
             "public_url": settings.public_url,
-            "tls_dir": str(settings.tls_dir),
+            "trust_dir": str(settings.trust_dir),
             "own_ca": settings.tls_cert is None,
             "key": next(iter(settings.api_keys), None),
             "roles": {name: child.pid for name, child in self._children.items()},

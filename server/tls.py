@@ -54,15 +54,16 @@ def ensure_certificates(settings: Settings) -> Certificates:
         return Certificates(chain=settings.tls_cert, key=settings.tls_key, ca=None, ca_bundle=None)
     folder = settings.tls_dir
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    settings.trust_dir.mkdir(mode=0o755, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        authority = _ensure_authority(folder)
+        authority = _ensure_authority(folder, settings.trust_dir)
         _ensure_leaf(folder, authority, alternative_names(settings))
     return Certificates(
         chain=folder / "server.pem",
         key=folder / "server-key.pem",
-        ca=folder / "ca.pem",
-        ca_bundle=folder / "ca-bundle.pem",
+        ca=settings.trust_dir / "ca.pem",
+        ca_bundle=settings.trust_dir / "ca-bundle.pem",
     )
 
 
@@ -72,7 +73,7 @@ def alternative_names(settings: Settings) -> list[str]:
     machine = socket.gethostname().lower()
     listening = settings.host if settings.host not in ("", "0.0.0.0", "::") else None
     names = ["localhost", "queue.localhost", "127.0.0.1", "::1", machine, f"queue.{machine}"]
-    for name in (public, listening):
+    for name in (public, listening, *settings.tls_names):
         if name and name not in names:
             names += [name] if _is_address(name) or name == "localhost" else [name, f"queue.{name}"]
     return list(dict.fromkeys([*names, *FAL_HOSTS, *MEDIA_HOSTS]))
@@ -84,27 +85,27 @@ class _Authority:
     key: ec.EllipticCurvePrivateKey
 
 
-def _ensure_authority(folder: Path) -> _Authority:
-    certificate_path, key_path = folder / "ca.pem", folder / "ca-key.pem"
+def _ensure_authority(folder: Path, trust: Path) -> _Authority:
+    certificate_path, key_path = trust / "ca.pem", folder / "ca-key.pem"
     if certificate_path.exists() and key_path.exists():
         certificate = x509.load_pem_x509_certificate(certificate_path.read_bytes())
         if not _is_due(certificate):
             key = load_pem_private_key(key_path.read_bytes(), password=None)
             assert isinstance(key, ec.EllipticCurvePrivateKey)
             authority = _Authority(certificate, key)
-            _write_bundle(folder, authority)
+            _write_bundle(trust, authority)
             return authority
     authority = _make_authority()
     _write(key_path, _pem(authority.key), mode=0o600)
     _write(certificate_path, authority.certificate.public_bytes(Encoding.PEM))
-    _write_bundle(folder, authority)
+    _write_bundle(trust, authority)
     return authority
 
 
-def _write_bundle(folder: Path, authority: _Authority) -> None:
+def _write_bundle(trust: Path, authority: _Authority) -> None:
     roots = Path(certifi.where()).read_bytes().rstrip() + b"\n"
     bundle = roots + authority.certificate.public_bytes(Encoding.PEM)
-    path = folder / "ca-bundle.pem"
+    path = trust / "ca-bundle.pem"
     if not path.exists() or path.read_bytes() != bundle:
         _write(path, bundle)
 

@@ -65,7 +65,7 @@ def served(app_settings: Settings) -> Settings:
 def test_http_and_https_are_one_server(served: Settings) -> None:
     """What is submitted by one is seen by the other, and each hands out URLs of its own scheme."""
     with running(served):
-        trust = ssl.create_default_context(cafile=str(served.tls_dir / "ca-bundle.pem"))
+        trust = ssl.create_default_context(cafile=str(served.trust_dir / "ca-bundle.pem"))
         with httpx2.Client(verify=trust, trust_env=False) as client:
             plain, secure = f"http://127.0.0.1:{served.port}", f"https://localhost:{served.tls_port}"
             submitted = client.post(f"{plain}/queue{APP}", json=IMAGE).json()

@@ -33,7 +33,7 @@ SERVER: dict[str, Any] = {
     "port": 8000,
     "tls_port": 8443,
     "public_url": None,
-    "tls_dir": "/data/tls",
+    "trust_dir": "/data/tls/trust",
     "own_ca": True,
     "key": None,
 }
@@ -53,8 +53,8 @@ def test_a_client_on_this_machine_is_pointed_at_localhost() -> None:
         "FAL_REST_HOST": "localhost:8443/rest",
         "FAL_KEY": "creative-upscaler:no-secret",
         "CREATIVE_UPSCALER_URL": "https://localhost:8443",
-        "SSL_CERT_FILE": "/data/tls/ca-bundle.pem",
-        "NODE_EXTRA_CA_CERTS": "/data/tls/ca.pem",
+        "SSL_CERT_FILE": "/data/tls/trust/ca-bundle.pem",
+        "NODE_EXTRA_CA_CERTS": "/data/tls/trust/ca.pem",
     }
 
 

@@ -56,10 +56,11 @@ def test_every_name_we_go_by_is_covered(settings: Settings) -> None:
 def test_certificates_are_made_once(settings: Settings) -> None:
     """A restart serves what clients trust already; keys are readable by their owner only."""
     first = ensure_certificates(settings)
-    before = {path.name: path.read_bytes() for path in settings.tls_dir.glob("*.pem")}
+    before = {path.name: path.read_bytes() for path in settings.tls_dir.rglob("*.pem")}
     ensure_certificates(settings)
 
-    assert {path.name: path.read_bytes() for path in settings.tls_dir.glob("*.pem")} == before
+    assert {path.name: path.read_bytes() for path in settings.tls_dir.rglob("*.pem")} == before
+    assert {path.name for path in settings.trust_dir.iterdir()} == {"ca.pem", "ca-bundle.pem"}
     assert first.key.stat().st_mode & 0o077 == 0
     assert (settings.tls_dir / "ca-key.pem").stat().st_mode & 0o077 == 0
 
@@ -70,23 +71,25 @@ def test_a_certificate_near_its_end_is_renewed_under_the_same_authority(
     """Clients need not be told."""
     monkeypatch.setattr(tls, "LEAF_LIFE", timedelta(days=20))
     old = leaf_of(settings)
-    authority = (settings.tls_dir / "ca.pem").read_bytes()
+    authority = (settings.trust_dir / "ca.pem").read_bytes()
     monkeypatch.undo()
 
     new = leaf_of(settings)
 
     assert old.serial_number != new.serial_number
     assert new.not_valid_after_utc > datetime.now(UTC) + timedelta(days=365)
-    assert (settings.tls_dir / "ca.pem").read_bytes() == authority
+    assert (settings.trust_dir / "ca.pem").read_bytes() == authority
 
 
 def test_a_new_name_gets_a_new_certificate(settings: Settings) -> None:
     """Configuring a public host is enough."""
     old = leaf_of(settings)
     new = leaf_of(Settings(data=settings.data, public_url="https://new.example"))
+    more = Settings(data=settings.data, tls_names=["upscaler"])
 
     assert "new.example" in names_of(new) and "new.example" not in names_of(old)
-    handshake(settings, "localhost")
+    for name in ("localhost", "upscaler", "queue.upscaler"):
+        handshake(more, name)
 
 
 def test_the_operators_certificate_is_served_as_it_is(settings: Settings, tmp_path: Path) -> None:

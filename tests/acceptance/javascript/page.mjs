@@ -20,10 +20,13 @@ const FLAGS = [
   "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 ];
 
-export async function openPage(executablePath) {
+const PERFORM = 'import { perform } from "./verbs.mjs"; globalThis.perform = perform;';
+
+/** A page of its own origin, after the `contents` of a module ran in it. */
+export async function openPage(executablePath, contents = PERFORM, resolveDir = import.meta.dirname) {
   const html = await readFile(new URL("page.html", import.meta.url));
   const bundle = await build({
-    stdin: { contents: 'import { perform } from "./verbs.mjs"; globalThis.perform = perform;', resolveDir: import.meta.dirname },
+    stdin: { contents, resolveDir },
     bundle: true,
     format: "esm",
     write: false,
@@ -42,8 +45,9 @@ export async function openPage(executablePath) {
   const browser = await chromium.launchPersistentContext(profile, { executablePath, headless: true, args: FLAGS });
   const page = await browser.newPage();
   await page.goto(`http://127.0.0.1:${listener.address().port}/`);
-  await page.waitForFunction(() => globalThis.perform !== undefined);
+  await page.waitForLoadState("load"); // modules have run by then
   return {
+    page,
     perform: (text) => page.evaluate((message) => globalThis.perform(message), text),
     close: async () => {
       await browser.close();

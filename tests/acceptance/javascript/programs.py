@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from tests.acceptance import debian
+
 SOURCES = Path(__file__).parent
 INSTALLED = Path(__file__).parents[3] / "build" / "javascript"
 CHROMIUM = Path("/usr/bin/chromium")
@@ -142,24 +144,7 @@ def sole_installer() -> Iterator[None]:
 
 def chromium() -> str:
     """The path of Chromium, installed where that is ours to do; skips elsewhere."""
-    with sole_installer():
-        install_chromium()
-    return str(CHROMIUM)
-
-
-def install_chromium() -> None:
-    """Have apt install Chromium where it is missing."""
-    if CHROMIUM.exists():
-        return
-    if os.getuid() != 0 or shutil.which("apt-get") is None:
-        pytest.skip(f"needs {CHROMIUM}; it is installed here only as root on a system with apt")
-    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["update"], ["install", "-y", "--no-install-recommends", "chromium"]):
-        done = subprocess.run(
-            ["apt-get", "-qq", *command], env=environment, capture_output=True, text=True, timeout=INSTALL_S
-        )
-        if done.returncode != 0:
-            pytest.skip(f"apt-get {command[0]} failed: {done.stderr[-500:]}")
+    return str(debian.installed(CHROMIUM, "chromium"))
 
 
 def file(data: bytes | int, *, name: str | None = None, type: str = "") -> dict[str, Any]:

@@ -1,14 +1,16 @@
 """Loaded by every Python process that has this folder on its path: keeps the process on this machine.
 
 A name outside `LOCAL_NAMES` is not looked up and an address beyond loopback not connected to; the attempt ends the
-process, so that no client can swallow it. `queue.localhost` is given the address that a user's DNS would give it.
+process, so that no client can swallow it. `queue.localhost` and `upscaler`, the name of a service in a compose network,
+are given the address that a user's DNS would give them.
 """
 
 import os
 import socket
 import sys
 
-LOCAL_NAMES = {"localhost", "127.0.0.1", "::1", "queue.localhost"}
+NAMED_BY_DNS = {"queue.localhost", "upscaler"}
+LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"} | NAMED_BY_DNS
 LEFT_THE_MACHINE = 77
 
 look_up = socket.getaddrinfo
@@ -20,8 +22,8 @@ def text(name):
 
 
 def look_up_locally(host, *arguments, **keywords):
-    """`socket.getaddrinfo`, with an address for queue.localhost."""
-    return look_up("localhost" if text(host) == "queue.localhost" else host, *arguments, **keywords)
+    """`socket.getaddrinfo`, with an address for the names that users would have given one."""
+    return look_up("localhost" if text(host) in NAMED_BY_DNS else host, *arguments, **keywords)
 
 
 def watch(event, arguments):

@@ -1,0 +1,245 @@
+"""The README's recipes, taken from it and followed to the letter; only addresses and files are the test's own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import ssl
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import yaml
+from PIL import Image
+
+from server.demo import free_ports
+from tests.acceptance import nginx
+from tests.acceptance.clients import confined
+from tests.acceptance.conftest import PHOTO
+from tests.acceptance.javascript.programs import INSTALLED, chromium
+from tests.acceptance.javascript.programs import installed as installed_node
+from tests.acceptance.live import FAKE, ROOT, LiveServer
+
+ENDPOINT = "fal-ai/creative-upscaler"
+KEY = "of-the-operator:secret"
+RECIPE_S = 120.0
+
+
+def recipes(heading: str, language: str) -> list[str]:
+    """The blocks of a language below a heading."""
+    section = re.split(r"\n##+ ", (ROOT / "README.md").read_text().partition(f"\n### {heading}\n")[2])[0]
+    found = re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
+    assert found, f"the README has no recipe in {language} under {heading}"
+    return found
+
+
+def compose() -> dict[str, Any]:
+    """The services of the compose file."""
+    services: dict[str, Any] = yaml.safe_load(recipes("In a Docker network", "yaml")[0])["services"]
+    return services
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """A server with a key, configured as the recipes for Docker and nginx say."""
+    told = {name: value.replace("${FAL_KEY}", KEY) for name, value in compose()["upscaler"]["environment"].items()}
+    trusted = re.search(r"UPSCALER_TRUSTED_PROXIES=(\S+)`", (ROOT / "README.md").read_text())
+    assert trusted is not None
+    server = LiveServer(
+        tmp_path_factory.mktemp("guarded") / "data",
+        FAKE,
+        FAKE_STEP_S="0.02",
+        UPSCALER_TRUSTED_PROXIES=trusted[1],
+        **told,
+    )
+    server.start()
+    yield server
+    assert server.stop() == 0
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a photograph in it, and what npm installed."""
+    with Image.open(PHOTO) as photo:
+        photo.convert("RGB").crop((420, 200, 484, 248)).save(tmp_path / "photo.jpg")
+    (tmp_path / "node_modules").symlink_to(INSTALLED / "node_modules")
+    return tmp_path
+
+
+def follow(script: str, folder: Path, environment: dict[str, str]) -> str:
+    """What a shell prints that does this, without installing anything, in an environment that knows our programs."""
+    lines = [line for line in script.splitlines() if not line.startswith(("pip ", "npm "))]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", "\n".join(lines)],
+        cwd=folder,
+        env={"HOME": str(folder), **environment, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=RECIPE_S,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def check_picture(url: str, base: str, server: LiveServer) -> None:
+    """The URL is the server's as the client knows it, and leads to the picture."""
+    assert url.startswith(f"{base}/files/out/")
+    answer = server.get(url.removeprefix(base))
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png")
+
+
+def upscale(folder: Path, environment: dict[str, str]) -> str:
+    """The URL that the Python recipe prints, in a process that cannot leave this machine."""
+    (folder / "upscale.py").write_text(recipes("Python", "python")[0])
+    *updates, url = follow("python upscale.py photo.jpg", folder, confined(environment)).splitlines()
+    assert any("Completed" in update for update in updates)
+    return url
+
+
+def test_python(guarded: LiveServer, folder: Path) -> None:
+    """Install, eval, run."""
+    (folder / "upscale.py").write_text(recipes("Python", "python")[0])
+
+    printed = follow(recipes("Python", "sh")[0], folder, confined({"UPSCALER_DATA": str(guarded.data)}))
+
+    check_picture(printed.splitlines()[-1], f"https://localhost:{guarded.tls_port}", guarded)
+
+
+def test_node(guarded: LiveServer, folder: Path) -> None:
+    """Install, eval, run: over HTTPS, the file uploaded by the client."""
+    installed_node()
+    (folder / "upscale.mjs").write_text(recipes("Node.js", "js")[0])
+
+    *states, url = follow(recipes("Node.js", "sh")[0], folder, {"UPSCALER_DATA": str(guarded.data)}).splitlines()
+
+    assert states[-1] == "COMPLETED"
+    check_picture(url, f"https://localhost:{guarded.tls_port}", guarded)
+
+
+def test_browser(paced: LiveServer, folder: Path) -> None:
+    """A page of another origin upscales a file that a person chose in it."""
+    node = installed_node()
+    module = recipes("Browser", "js")[0].replace("HOST:8000", f"127.0.0.1:{paced.port}")
+    (folder / "upscale.js").write_text(module)
+    command = [node, INSTALLED / "choose.mjs", chromium(), folder, "upscale.js", folder / "photo.jpg"]
+
+    url = follow(shlex.join(map(str, command)), folder, {}).strip()
+
+    check_picture(url, paced.url, paced)
+
+
+def test_curl(guarded: LiveServer, folder: Path) -> None:
+    """Upload, then run with the URL that came back."""
+    upload, run = (script.replace("HOST:8000", f"127.0.0.1:{guarded.port}") for script in recipes("curl", "sh"))
+
+    access_url = json.loads(follow(upload, folder, {"FAL_KEY": KEY}))["access_url"]
+    result = json.loads(follow(run.replace("ACCESS_URL", access_url), folder, {"FAL_KEY": KEY}))
+
+    assert guarded.http.get(access_url).content == (folder / "photo.jpg").read_bytes()
+    check_picture(result["image"]["url"], guarded.url, guarded)
+
+
+def test_in_a_docker_network(guarded: LiveServer, folder: Path) -> None:
+    """By the name of the service, over TLS that the shared folder makes trustworthy, and by its plain port."""
+    services = compose()
+    (shared,) = services["app"]["volumes"]
+    trust = guarded.data / shared["volume"]["subpath"]
+    environment = {
+        name: value.replace("${FAL_KEY}", KEY)
+        .replace(":8443", f":{guarded.tls_port}")
+        .replace(":8000", f":{guarded.port}")
+        .replace(shared["target"], str(trust))
+        for name, value in services["app"]["environment"].items()
+    }
+
+    url = upscale(folder, environment)
+    host = environment["CREATIVE_UPSCALER_URL"].removeprefix("http://")
+    accepted = guarded.http.post(
+        f"{guarded.url}/queue/{ENDPOINT}", json={}, headers={"host": host, "authorization": f"Key {KEY}"}
+    ).json()
+
+    check_picture(url, f"https://upscaler:{guarded.tls_port}", guarded)
+    assert accepted["status_url"].startswith(f"http://{host}/queue/")
+    assert not any("key" in path.name for path in trust.iterdir()), "what is shared holds nothing secret"
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    assert "UPSCALER_DATA=/data" in dockerfile and "EXPOSE 8000 8443" in dockerfile and "HEALTHCHECK" in dockerfile
+
+
+@pytest.fixture
+def behind_nginx(guarded: LiveServer, tmp_path: Path) -> Iterator[httpx2.Client]:
+    """A client of the server behind nginx; its base is the address of nginx."""
+    (port,) = free_ports(1)
+    changes = {
+        "listen 443 ssl": f"listen 127.0.0.1:{port} ssl",
+        "server_name upscaler.example.com": "server_name localhost",
+        "/etc/ssl/upscaler.pem": str(guarded.data / "tls" / "server.pem"),
+        "/etc/ssl/upscaler-key.pem": str(guarded.data / "tls" / "server-key.pem"),
+        "http://127.0.0.1:8000": guarded.url,
+    }
+    block = recipes("Behind nginx", "nginx")[0]
+    for documented, ours in changes.items():
+        assert documented in block
+        block = block.replace(documented, ours)
+    trust = ssl.create_default_context(cafile=str(guarded.data / "tls" / "trust" / "ca-bundle.pem"))
+    with (
+        nginx.serving(block, tmp_path, port),
+        httpx2.Client(
+            base_url=f"https://localhost:{port}",
+            verify=trust,
+            trust_env=False,
+            timeout=60.0,
+            headers={"authorization": f"Key {KEY}"},
+        ) as client,
+    ):
+        yield client
+
+
+def test_behind_nginx(behind_nginx: httpx2.Client, guarded: LiveServer, folder: Path) -> None:
+    """The Python recipe works by the address of nginx, which all URLs carry."""
+    base = str(behind_nginx.base_url).rstrip("/")
+    host = base.removeprefix("https://")
+    environment = guarded.client_environment | {"FAL_RUN_HOST": f"{host}/run", "FAL_QUEUE_RUN_HOST": f"{host}/queue"}
+
+    url = upscale(folder, environment)
+
+    check_picture(url, base, guarded)
+    assert behind_nginx.get(url).status_code == 200
+
+
+def test_uploads_and_streams_go_through_nginx(behind_nginx: httpx2.Client, guarded: LiveServer) -> None:
+    """A large file arrives as it was; events come while the request runs, not when it is over."""
+    data = os.urandom(20_000_000)
+    image_url = behind_nginx.post("/files/upload", content=data).json()["access_url"]
+    with Image.open(PHOTO) as photo:
+        small = photo.convert("RGB").crop((420, 200, 484, 248))
+    small.save(guarded.data / "small.png")
+    picture = behind_nginx.post(
+        "/files/upload", content=(guarded.data / "small.png").read_bytes(), headers={"content-type": "image/png"}
+    ).json()["access_url"]
+    accepted = behind_nginx.post(f"/queue/{ENDPOINT}", json={"image_url": picture, "num_inference_steps": 100}).json()
+    with behind_nginx.stream("GET", f"{accepted['status_url']}/stream?logs=1") as stream:
+        lines = stream.iter_lines()
+        next(line for line in lines if "denoise" in line)
+        while_reading = behind_nginx.get(accepted["status_url"]).json()["status"]
+        events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+
+    assert behind_nginx.get(image_url).content == data
+    assert while_reading == "IN_PROGRESS" and events[-1]["status"] == "COMPLETED"
+
+
+def test_without_one_changed_line(paced: LiveServer, folder: Path) -> None:
+    """Under fal's own names: what `env --fal-proxy` prints is all that the recipe needs."""
+    (folder / "upscale.py").write_text(recipes("Python", "python")[0])
+    serve, point = recipes("Without one changed line", "sh")[0].splitlines()
+
+    printed = follow(f"{point}\npython upscale.py photo.jpg", folder, confined({"UPSCALER_DATA": str(paced.data)}))
+
+    assert serve == "creative-upscaler serve --fal-proxy 8444"
+    check_picture(printed.splitlines()[-1], "https://queue.fal.run", paced)
