@@ -2,21 +2,29 @@
 
 A recipe decides how latents are denoised; everything around it is here. What the VAE alone does to the picture is
 taken away from the result, and its tones are those of the input (`colour`), as far as the strength leaves them.
+
+Pictures of up to `exact_px` pixels pass through the VAE exactly (`vae`), larger ones in bounded memory
+(`streamed_vae`): then only what lies on the latent grid grows with the picture, and the pixels may lie in a `Spool`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
 from pipelines.bands import cut, filter_bands
 from pipelines.colour import halo_rows, wavelet_match
 from pipelines.progress import Stages
+from pipelines.spool import Pixels, Spool
+from pipelines.streamed_vae import StreamedVAE
 from pipelines.tiling import Grid, fit_grid
 from pipelines.vae import OnTile, TiledVAE, pad_to_multiple
 
@@ -27,6 +35,15 @@ FAITHFUL_STRENGTH, FREE_STRENGTH = 0.5, 0.8
 the second on nothing is: where structure moves, the old one would show as a ghost."""
 BYTES_PER_PX = 40
 """Pictures that are in memory at once: source, pre-stage picture, its padded copy (float32) and the VAE's residue."""
+
+LATENT_COPIES = 7
+"""Tensors of the latents' size in 32 bits at once: start, sample, what the model sees, predictions and the hint."""
+STREAMED_BYTES = 2**29
+"""What the tiles and bands of a streamed picture take at once, whatever its size."""
+EXACT_PX = 2048 * 2048
+"""Largest picture, in pixels, that passes through the VAE exactly."""
+MATCHED_ROWS = 256
+"""Rows that get their tones at once."""
 
 Bands = Callable[[TiledVAE], Iterator[Tensor]]
 """Decodes a finished picture with a VAE: bands (1, 3, rows, W), float32, about 0..1, from top to bottom."""
@@ -62,16 +79,32 @@ class Canvas:
     Args:
         vae: On its device.
         size_multiple: Latent sides must be multiples of this for the family's denoiser.
+        exact_px: Pictures of more pixels are streamed.
     """
 
-    def __init__(self, vae: AutoencoderKL, *, size_multiple: int) -> None:
+    def __init__(self, vae: AutoencoderKL, *, size_multiple: int, exact_px: int = EXACT_PX) -> None:
         self.vae = TiledVAE(vae.eval(), park_device=torch.device("cpu") if vae.device.type == "cuda" else None)
+        self.exact_px = exact_px
         self.padding_multiple = self.vae.scale_factor * max(8, size_multiple)
 
     @property
     def bytes_per_px(self) -> int:
         """Memory that a pass takes per pixel of the result."""
         return BYTES_PER_PX + self.vae.bytes_per_px
+
+    def bytes_needed(self, height: int, width: int, *, pictures: int = 3) -> int:
+        """Memory that a pass to `height` x `width` px takes at its peak.
+
+        Args:
+            height: Of the result.
+            width: Of the result.
+            pictures: Copies of the picture (float32) that the recipe holds in memory; those in a `Spool` do not count.
+        """
+        pixels = height * width
+        if pixels <= self.exact_px:
+            return pixels * self.bytes_per_px
+        per_px = 12 * pictures + 4 * LATENT_COPIES * self.vae.latent_channels / self.vae.scale_factor**2
+        return STREAMED_BYTES + int(pixels * per_px)
 
     def grid(self, height: int, width: int, *, max_tile_px: int, overlap: int = TILE_OVERLAP_LATENTS) -> Grid:
         """Tiles for a picture of `height` x `width` px, padded to what VAE and denoiser can halve."""
@@ -87,9 +120,16 @@ class Canvas:
         """A picture (1, 3, H, W) with sides padded to what VAE and denoiser can halve."""
         return pad_to_multiple(image, self.padding_multiple)
 
+    def pad_bands(self, bands: Iterable[Tensor], size: tuple[int, int]) -> Pixels:
+        """The picture (height, width) of the bands that follow each other, padded; in a `Spool` where it is large."""
+        height, width = (-(-side // self.padding_multiple) * self.padding_multiple for side in size)
+        if height * width <= self.exact_px:
+            return self.pad(torch.cat(list(bands), dim=-2))
+        return Spool.of(_padded(bands, height - size[0], width - size[1]), height, width)
+
     def redraw(
         self,
-        padded: Tensor,
+        padded: Pixels,
         size: tuple[int, int],
         denoise: Callable[[Tensor], Tensor],
         tones: Tones,
@@ -98,7 +138,7 @@ class Canvas:
         """Run a diffusion pass.
 
         Args:
-            padded: What `pad` returned: (1, 3, H, W) float32, 0..1.
+            padded: What `pad` or `pad_bands` returned: (1, 3, H, W) float32, 0..1.
             size: (height, width) that the result is cut to.
             denoise: From start latents (1, C, h, w), float32, to finished ones; noises them itself.
             tones: What of the picture is put back.
@@ -107,8 +147,9 @@ class Canvas:
         Returns:
             What decodes the finished picture, as often as it is called.
         """
+        streamed = padded.shape[-2] * padded.shape[-1] > self.exact_px or not isinstance(padded, Tensor)
         with stages.stage("vae_encode"):
-            start = self.vae.encode(padded, on_tile=lambda: stages.beat("vae_encode")).float()
+            start = self._encode(padded, lambda: stages.beat("vae_encode"), streamed=streamed)
         final = denoise(start)
 
         def match(rows: Tensor, reference: Tensor) -> Tensor:
@@ -117,12 +158,20 @@ class Canvas:
             )
 
         def bands(vae: TiledVAE) -> Iterator[Tensor]:
-            pairs = compensated(
-                vae, start, final, padded, weight=tones.amount, on_tile=lambda: stages.beat("vae_decode")
-            )
+            options: Any = {"weight": tones.amount, "on_tile": lambda: stages.beat("vae_decode")}
+            if streamed or not isinstance(padded, Tensor):
+                pairs = compensated_in_bands(vae, start, final, padded, **options)
+            else:
+                pairs = compensated(vae, start, final, padded, **options)
             return cut(filter_bands(pairs, match, halo=halo_rows(tones.levels)), *size)
 
         return bands
+
+    def _encode(self, padded: Pixels, on_tile: OnTile, *, streamed: bool) -> Tensor:
+        if streamed:
+            return StreamedVAE(self.vae).encode(padded, on_tile)
+        assert isinstance(padded, Tensor)
+        return self.vae.encode(padded, on_tile).float()
 
 
 def compensated(
@@ -146,3 +195,31 @@ def compensated(
             band = band + weight * lost[i].to(band)
         top += band.shape[-2]
         yield band, reference
+
+
+def compensated_in_bands(
+    vae: TiledVAE, start: Tensor, final: Tensor, before: Pixels, *, weight: float, on_tile: OnTile
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What `compensated` yields, in bounded memory: both decodes go on band by band, side by side."""
+    streamed = StreamedVAE(vae)
+    finished = streamed.decode_bands(final, on_tile)
+    round_trips = streamed.decode_bands(start, on_tile) if weight else repeat(None)
+    top = 0
+    for band, round_trip in zip(finished, round_trips, strict=False):
+        for first in range(0, band.shape[-2], MATCHED_ROWS):
+            rows = band[..., first : first + MATCHED_ROWS, :]
+            reference = before[..., top : top + rows.shape[-2], :].to(band.device)
+            if round_trip is not None:
+                rows = rows + weight * (reference - round_trip[..., first : first + MATCHED_ROWS, :])
+            top += rows.shape[-2]
+            yield rows, reference
+
+
+def _padded(bands: Iterable[Tensor], bottom: int, right: int) -> Iterator[Tensor]:
+    """Bands continued at the right and at the bottom with their last pixels."""
+    last = None
+    for band in bands:
+        last = F.pad(band, (0, right, 0, 0), mode="replicate") if right else band
+        yield last
+    if bottom and last is not None:
+        yield last[..., -1:, :].expand(-1, -1, bottom, -1)

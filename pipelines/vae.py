@@ -112,10 +112,10 @@ class TiledVAE:
         """
         vae, factor = self.vae, self.scale_factor
         height, width = image.shape[-2:]
-        crops = _rows_of_crops(height, width, max_side=self.max_tile_px, halo=_encoder_halo_px(vae), multiple=factor)
+        crops = rows_of_crops(height, width, max_side=self.max_tile_px, halo=encoder_halo_px(vae), multiple=factor)
         tiles = [crop for row in crops for crop in row]
         park = self._park(len(tiles))
-        programs = [_down_path(vae, self._pixels(image, crop), park) for crop in tiles]
+        programs = [down_path(vae, self._pixels(image, crop), park) for crop in tiles]
         features = list(_lockstep(programs, tiles, park, on_tile))
         rows = [torch.cat([crop.own_part(features.pop(0)) for crop in row], dim=-1) for row in crops]
         whole = torch.cat(rows, dim=-2).to(vae.device)  # (1, C_mid, H / f, W / f)
@@ -140,12 +140,12 @@ class TiledVAE:
         z = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
         z = vae.post_quant_conv(z) if vae.post_quant_conv is not None else z
         middle = vae.decoder.mid_block(vae.decoder.conv_in(z))
-        crops = _rows_of_crops(
-            *latents.shape[-2:], max_side=self.max_tile_px // self.scale_factor, halo=_decoder_halo(vae), multiple=1
+        crops = rows_of_crops(
+            *latents.shape[-2:], max_side=self.max_tile_px // self.scale_factor, halo=decoder_halo(vae), multiple=1
         )
         tiles = [crop for row in crops for crop in row]
         park = self._park(len(tiles))
-        programs = [_up_path(vae, _cut(middle, crop.padded), park) for crop in tiles]
+        programs = [up_path(vae, _cut(middle, crop.padded), park) for crop in tiles]
         finished = _lockstep(programs, tiles, park, on_tile)
         for row in crops:
             band = torch.cat([crop.own_part(next(finished)) for crop in row], dim=-1)
@@ -167,12 +167,17 @@ def _cut(x: Tensor, tile: Tile) -> Tensor:
     return x[..., tile.top : tile.bottom, tile.left : tile.right]
 
 
-def _rows_of_crops(height: int, width: int, *, max_side: int, halo: int, multiple: int) -> list[list[Crop]]:
-    """Cut a picture into nearly equal tiles on multiples of `multiple`, each with a halo that ends at the border."""
+def rows_of_crops(
+    height: int, width: int, *, max_side: int, halo: int, multiple: int, max_rows: int | None = None
+) -> list[list[Crop]]:
+    """Cut a picture into nearly equal tiles on multiples of `multiple`, each with a halo that ends at the border.
+
+    No tile is longer than `max_side`, nor higher than `max_rows` where that is given.
+    """
     halo = -(-halo // multiple) * multiple
 
-    def spans(length: int) -> list[tuple[int, int]]:
-        count = -(-length // max_side)
+    def spans(length: int, longest: int) -> list[tuple[int, int]]:
+        count = -(-length // longest)
         edges = [length * i // count // multiple * multiple for i in range(count)] + [length]
         return list(zip(edges[:-1], edges[1:], strict=True))
 
@@ -184,13 +189,13 @@ def _rows_of_crops(height: int, width: int, *, max_side: int, halo: int, multipl
                     max(0, top - halo), max(0, left - halo), min(height, bottom + halo), min(width, right + halo)
                 ),
             )
-            for left, right in spans(width)
+            for left, right in spans(width, max_side)
         ]
-        for top, bottom in spans(height)
+        for top, bottom in spans(height, min(max_side, max_rows or max_side))
     ]
 
 
-def _decoder_halo(vae: AutoencoderKL) -> int:
+def decoder_halo(vae: AutoencoderKL) -> int:
     """Receptive radius of the decoder's up path in latents: 12.25, so 13, for the four levels of Stable Diffusion."""
     radius = 0.0
     for level, block in enumerate(vae.decoder.up_blocks):
@@ -200,7 +205,7 @@ def _decoder_halo(vae: AutoencoderKL) -> int:
     return int(-(-radius // 1))
 
 
-def _encoder_halo_px(vae: AutoencoderKL) -> int:
+def encoder_halo_px(vae: AutoencoderKL) -> int:
     """Receptive radius of the encoder's down path in pixels, an upper bound."""
     radius = 1
     for level, block in enumerate(vae.encoder.down_blocks):
@@ -209,7 +214,7 @@ def _encoder_halo_px(vae: AutoencoderKL) -> int:
     return radius
 
 
-def _resnet(block: Any, x: Tensor, park: Park) -> Program:
+def resnet_path(block: Any, x: Tensor, park: Park) -> Program:
     """`ResnetBlock2D` without time embedding, stopping at its two normalisations."""
     residual = park(x)
     del x
@@ -223,23 +228,23 @@ def _resnet(block: Any, x: Tensor, park: Park) -> Program:
     return (residual + h) / block.output_scale_factor
 
 
-def _up_path(vae: AutoencoderKL, x: Tensor, park: Park) -> Program:
+def up_path(vae: AutoencoderKL, x: Tensor, park: Park) -> Program:
     """The decoder after its middle block."""
     for block in vae.decoder.up_blocks:
         for resnet in block.resnets:
-            x = yield from _resnet(resnet, x, park)
+            x = yield from resnet_path(resnet, x, park)
         for upsampler in block.upsamplers or ():
             x = upsampler(x)
     x = yield vae.decoder.conv_norm_out, x
     return vae.decoder.conv_out(vae.decoder.conv_act(x))
 
 
-def _down_path(vae: AutoencoderKL, x: Tensor, park: Park) -> Program:
+def down_path(vae: AutoencoderKL, x: Tensor, park: Park) -> Program:
     """The encoder before its middle block."""
     x = vae.encoder.conv_in(x)
     for block in vae.encoder.down_blocks:
         for resnet in block.resnets:
-            x = yield from _resnet(resnet, x, park)
+            x = yield from resnet_path(resnet, x, park)
         for downsampler in block.downsamplers or ():
             x = downsampler(x)
     return x
@@ -255,13 +260,13 @@ def _lockstep(programs: Sequence[Program], crops: Sequence[Crop], park: Park, on
     device = norm.weight.device
     while True:
         norm = waiting[0][0]
-        mean, variance = _pooled_statistics(
+        mean, variance = pooled_statistics(
             norm, [crop.own_part(x) for (_, x), crop in zip(waiting, crops, strict=True)]
         )
         done = False
         for i, program in enumerate(programs):
             try:
-                norm_next, x = program.send(_normalise(norm, waiting[i][1].to(device), mean, variance))
+                norm_next, x = program.send(normalise(norm, waiting[i][1].to(device), mean, variance))
                 waiting[i] = (norm_next, park(x))
             except StopIteration as stop:
                 done = True
@@ -271,7 +276,7 @@ def _lockstep(programs: Sequence[Program], crops: Sequence[Crop], park: Park, on
             return
 
 
-def _pooled_statistics(norm: nn.GroupNorm, areas: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def pooled_statistics(norm: nn.GroupNorm, areas: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and biased variance (B, groups) of the union of `areas` (B, C, h, w): sums over tiles in 64 bits."""
     means, counts, variances = [], [], []
     for area in areas:
@@ -286,7 +291,7 @@ def _pooled_statistics(norm: nn.GroupNorm, areas: Sequence[Tensor]) -> tuple[Ten
     return mean, (shares * (torch.stack(variances) + (stacked - mean) ** 2)).sum(0)
 
 
-def _normalise(norm: nn.GroupNorm, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+def normalise(norm: nn.GroupNorm, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     """GroupNorm of `x` (B, C, h, w) with given statistics, one 32-bit multiply-add per channel, as in torch."""
     repeats = norm.num_channels // norm.num_groups
     scale = (variance.to(x.device) + norm.eps).rsqrt().repeat_interleave(repeats, dim=1) * norm.weight.double()

@@ -6,10 +6,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from pipelines.vae import TiledVAE, _decoder_halo, pad_to_multiple
+from pipelines.vae import TiledVAE, decoder_halo, pad_to_multiple
 
 
-def random_vae(levels: int = 3, seed: int = 0) -> AutoencoderKL:
+def random_vae(levels: int = 3, seed: int = 0, *, attention: bool = True) -> AutoencoderKL:
     """A small VAE with random weights and normalisations that are not the identity."""
     torch.manual_seed(seed)
     vae = AutoencoderKL(
@@ -19,6 +19,7 @@ def random_vae(levels: int = 3, seed: int = 0) -> AutoencoderKL:
         latent_channels=4,
         norm_num_groups=4,
         layers_per_block=2,
+        mid_block_add_attention=attention,
     ).eval()
     for module in vae.modules():
         if isinstance(module, torch.nn.GroupNorm):
@@ -96,7 +97,7 @@ def test_bands_follow_each_other() -> None:
     assert heights == [band.shape[-2] for band in vae.decode_bands(torch.randn(1, 4, 40, 16))]
 
 
-def test_decoder_halo_of_stable_diffusion_is_13_latents() -> None:
+def testdecoder_halo_of_stable_diffusion_is_13_latents() -> None:
     """The receptive radius of the published decoder's up path is 12.25 latents."""
     with torch.device("meta"):
         vae = AutoencoderKL(
@@ -106,7 +107,7 @@ def test_decoder_halo_of_stable_diffusion_is_13_latents() -> None:
             layers_per_block=2,
         )
 
-    assert _decoder_halo(vae) == 13
+    assert decoder_halo(vae) == 13
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 40), (32, 33)])
