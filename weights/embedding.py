@@ -1,0 +1,88 @@
+"""Textual inversion files (arXiv 2208.01618): vectors that a word in a prompt stands for.
+
+| written by        | names                                                          |
+|-------------------|----------------------------------------------------------------|
+| A1111, one encoder | `emb_params`; in a pickle `string_to_param` with one entry     |
+| diffusers         | one tensor, named after the word                               |
+| SDXL              | `clip_l` and `clip_g`, one for each text encoder               |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from weights.detect import check_embedding
+from weights.header import Header, UnsuitableFile, read_header
+
+MAX_VECTORS = 750
+"""Ten chunks of a prompt; published files have one to about a hundred."""
+_BY_WIDTH = {768: "Stable Diffusion 1.5", 1024: "Stable Diffusion 2", 1280: "SDXL's second text encoder"}
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Vectors (n, width), one tensor for each text encoder in its order."""
+
+    vectors: tuple[Tensor, ...]
+
+
+def read_embedding(path: Path) -> Embedding:
+    """Read a textual inversion.
+
+    Raises:
+        UnsuitableFile: It is none, or its vectors are none.
+    """
+    header = read_header(path)
+    check_embedding(header)
+    names = ["clip_l", "clip_g"] if "clip_g" in header.tensors else _single(header)
+    with safe_open(path, framework="pt") as tensors:
+        if missing := [name for name in names if name not in header.tensors]:
+            raise UnsuitableFile(f"lacks the vectors {missing[0]!r} of the other text encoder")
+        vectors = tuple(_vectors(tensors.get_tensor(name), name) for name in names)
+    if len({len(rows) for rows in vectors}) > 1:
+        raise UnsuitableFile("has different numbers of vectors for the two text encoders")
+    return Embedding(vectors)
+
+
+def fitting(embedding: Embedding, widths: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """The vectors for text encoders of these widths, in their order.
+
+    Raises:
+        UnsuitableFile: The file was made for other text encoders.
+    """
+    found = tuple(rows.shape[1] for rows in embedding.vectors)
+    if found != widths:
+        family = "SDXL" if found == (768, 1280) else _BY_WIDTH.get(found[0], "")
+        raise UnsuitableFile(
+            f"has vectors of {_listing(found)} numbers{f' ({family})' if family else ''}; this model's text "
+            f"encoder{'s take' if len(widths) > 1 else ' takes'} {_listing(widths)}"
+        )
+    return embedding.vectors
+
+
+def _single(header: Header) -> list[str]:
+    if "emb_params" in header.tensors:
+        return ["emb_params"]
+    if len(header.tensors) > 1:
+        raise UnsuitableFile("holds several textual inversions; give the file of one")
+    return list(header.tensors)
+
+
+def _vectors(tensor: Tensor, name: str) -> Tensor:
+    rows = tensor[None] if tensor.ndim == 1 else tensor
+    if rows.ndim != 2 or not 1 <= len(rows) <= MAX_VECTORS or not rows.is_floating_point():
+        raise UnsuitableFile(
+            f"has {name[:80]!r} in the shape {tuple(tensor.shape)}; expected 1 to {MAX_VECTORS} vectors"
+        )
+    rows = rows.float()
+    if not bool(rows.isfinite().all()):
+        raise UnsuitableFile("holds numbers that are not finite")
+    return rows
+
+
+def _listing(widths: tuple[int, ...]) -> str:
+    return " and ".join(map(str, widths))
