@@ -15,8 +15,9 @@ import socket
 import ssl
 import time
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import httpcore2
@@ -356,11 +357,14 @@ class Fetcher:
         client: From `guarded_client`.
         max_bytes: Bytes a file may have, counted after decoding of its transfer.
         timeout_s: Seconds a download may take in all, redirects included.
+        tokens: What to show to hosts that ask who we are. A name alone stands for HTTPS on its usual port, `host:port`
+            for that port with and without TLS; a redirect to any other host never carries it.
     """
 
     client: httpx2.Client
     max_bytes: int
     timeout_s: float
+    tokens: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def fetch(self, url: str, poll: Callable[[], None] = _wait_on) -> bytes:
         """Download a file; follows up to five redirects, each checked like the first address.
@@ -371,14 +375,35 @@ class Fetcher:
             DownloadFailed: The URL, the network or the other server is at fault.
             FileTooLarge: More than `max_bytes`.
         """
+        with self.open(url, {"accept": "image/*,*/*;q=0.5"}, poll) as response:
+            if response.status_code != 200:
+                raise DownloadFailed(f"the server answered {response.status_code}")
+            return self._read(response)
+
+    @contextmanager
+    def open(
+        self, url: str, headers: Mapping[str, str], poll: Callable[[], None] = _wait_on
+    ) -> Iterator[httpx2.Response]:
+        """The answer to a request, its body not read yet; redirects are followed and checked.
+
+        What goes wrong inside the block is translated as well.
+
+        Raises:
+            DownloadFailed: The URL, the network or the other server is at fault, or answered 400 or above (but 416).
+        """
         patience = Patience.of(self.timeout_s, poll)
         try:
             for _ in range(MAX_REDIRECTS + 1):
-                answer = self._get(httpx2.URL(url), patience)
-                if isinstance(answer, bytes):
-                    return answer
-                url = str(answer)
-        except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, httpcore2.UnsupportedProtocol, ValueError) as error:
+                with ExitStack() as stack:
+                    response = stack.enter_context(self._request(url, headers, patience))
+                    if response.status_code in REDIRECTS and "location" in response.headers:
+                        url = str(response.url.join(response.headers["location"]))
+                        continue
+                    if response.status_code >= 400 and response.status_code != RANGE_NOT_SATISFIABLE:
+                        raise DownloadFailed(f"the server answered {response.status_code}")
+                    yield response
+                    return
+        except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, httpcore2.UnsupportedProtocol) as error:
             raise DownloadFailed(f"{url[:200]!r} is not a URL of the form http(s)://host/path") from error
         except AddressRefused as error:
             raise DownloadFailed(str(error)) from error
@@ -387,16 +412,26 @@ class Fetcher:
             raise DownloadFailed(late or str(error) or type(error).__name__) from error
         raise DownloadFailed(f"more than {MAX_REDIRECTS} redirects")
 
-    def _get(self, url: httpx2.URL, patience: Patience) -> bytes | httpx2.URL:
-        if url.scheme not in ("http", "https") or not url.host:
-            raise httpx2.UnsupportedProtocol(str(url))
-        headers = {"accept": "image/*,*/*;q=0.5"}
-        with self.client.stream("GET", url, headers=headers, extensions={"patience": patience}) as response:
-            if response.status_code in (301, 302, 303, 307, 308) and "location" in response.headers:
-                return url.join(response.headers["location"])
-            if response.status_code != 200:
-                raise DownloadFailed(f"the server answered {response.status_code}")
-            return self._read(response)
+    @contextmanager
+    def _request(self, url: str, headers: Mapping[str, str], patience: Patience) -> Iterator[httpx2.Response]:
+        with ExitStack() as stack:
+            try:
+                target = httpx2.URL(url)
+                if target.scheme not in ("http", "https") or not target.host:
+                    raise httpx2.UnsupportedProtocol(url)
+                shown = {**headers, **self._credentials(target)}
+                stream = self.client.stream("GET", target, headers=shown, extensions={"patience": patience})
+                response = stack.enter_context(stream)
+            except ValueError as error:
+                raise httpx2.UnsupportedProtocol(url) from error
+            yield response
+
+    def _credentials(self, url: httpx2.URL) -> dict[str, str]:
+        port = url.port or (443 if url.scheme == "https" else 80)
+        token = self.tokens.get(f"{url.host}:{port}")
+        if token is None and url.scheme == "https" and port == 443:
+            token = self.tokens.get(url.host)
+        return {"authorization": f"Bearer {token}"} if token else {}
 
     def _read(self, response: httpx2.Response) -> bytes:
         announced = response.headers.get("content-length", "")
@@ -425,6 +460,8 @@ def read_input(reference: str, storage: Storage, fetcher: Fetcher, poll: Callabl
         raise DownloadFailed("the file is not kept here any more") from error
 
 
+REDIRECTS = (301, 302, 303, 307, 308)
+RANGE_NOT_SATISFIABLE = 416
 NETWORK_ERRORS = (httpcore2.TimeoutException, httpcore2.NetworkError, httpcore2.ProtocolError)
 
 
