@@ -1,14 +1,16 @@
 """Give a result back the colours of its reference: diffusion and VAE shift tones, mostly towards mid-grey.
 
 `wavelet_match` replaces the coarse part of the result by that of the reference, as SUPIR and StableSR do
-(arXiv:2305.07015).
+(arXiv:2305.07015); `adain_match` gives it the reference's mean and contrast as a whole (arXiv:1703.06868).
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_LEAST_VARIANCE = 1e-5
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
@@ -48,6 +50,23 @@ def wavelet_match(
         luma = (low * low.new_tensor(_LUMA)[:, None, None]).sum(dim=1, keepdim=True)
         low = low + (_low_band(luma, range(chroma_levels, levels)) - luma)
     return (result + amount * low).clamp_(0, 1)
+
+
+def adain_match(result: Tensor, reference: Tensor, *, max_gain: float = 2.0) -> Tensor:
+    """Give each channel of a picture the mean and the standard deviation that it has in the reference.
+
+    Args:
+        result: (1, 3, H, W) floating point, 0..1.
+        reference: Of the same shape, dtype and device.
+        max_gain: Contrast is raised at most this often: of a flat picture nothing but noise would be raised.
+
+    Returns:
+        (1, 3, H, W), clamped to 0..1, same dtype and device.
+    """
+    variance, mean = torch.var_mean(result.float(), dim=(-2, -1), keepdim=True, correction=0)
+    wanted_variance, wanted_mean = torch.var_mean(reference.float(), dim=(-2, -1), keepdim=True, correction=0)
+    gain = ((wanted_variance + _LEAST_VARIANCE) / (variance + _LEAST_VARIANCE)).sqrt().clamp(max=max_gain)
+    return torch.addcmul(wanted_mean - mean * gain, result.float(), gain).clamp_(0, 1).to(result.dtype)
 
 
 def _low_band(image: Tensor, levels: range) -> Tensor:
