@@ -24,7 +24,7 @@ from server.engine import Engine, Event, SlotInfo, SlotLost, SlotState, Work
 from server.engine.local import LocalEngine
 from server.ledger import Ledger, NewLog, Outcome, RequestRow, SlotRow
 from server.settings import Settings
-from server.storage import Storage
+from server.storage import Storage, output_key
 from server.wakeup import Bell, ring
 from server.webhooks import SigningKey, WebhookSender
 
@@ -252,8 +252,16 @@ class Dispatcher:
             await self._ledger.append_logs(request_id, token, [NewLog(time.time(), "WARN", line)])
             await self._ledger.requeue(request_id, token)
             log.warning("request_requeued", request_id=request_id, attempts=row.attempt)
+        self._in_background(self._remove(output_key(request_id, token)))
         ring(self._settings.run_dir, "dispatcher")
         self._tell_gateway()
+
+    async def _remove(self, key: str) -> None:
+        """Delete what a lost attempt may have stored before it could say so."""
+        try:
+            await self._storage.delete(key)
+        except Exception as error:
+            log.warning("file_not_deleted", key=key, reason=str(error))
 
     async def _stop_cancelled(self) -> None:
         """Ask the runs of cancelled requests to stop, and end the slot of one that does not."""

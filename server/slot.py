@@ -159,7 +159,7 @@ class SlotHost:
             with draft.open("w+b") as file:
                 rendered = self.render(work.job, image, file, diary.report)
             diary.poll()
-            key = output_key(f"{work.request_id}.png")
+            key = output_key(work.request_id, work.token)
             size_bytes = draft.stat().st_size
             self._storage.write_file(key, draft)
         facts = {

@@ -7,6 +7,7 @@ Keys: `in/<sha256>` for inputs, named by their content; `out/<2 hex>/<random>_<n
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import mimetypes
 import os
@@ -31,6 +32,7 @@ PUBLIC = ("out/", "up/")
 
 CHUNK_BYTES = 2**20  # what is read at once; each chunk costs a change of threads
 MAX_NAME = 80
+TOKEN_BYTES = 15  # of a key's random part: 20 letters without padding
 # What pictures are called; the system's own table differs from machine to machine.
 CONTENT_TYPES = {
     ".png": "image/png",
@@ -100,18 +102,22 @@ def input_key(data: bytes) -> str:
     return f"in/{hashlib.sha256(data).hexdigest()}"
 
 
-def output_key(name: str) -> str:
-    """A new key for a result with this file name."""
-    return _random_key("out", name)
+def output_key(request_id: str, token: str) -> str:
+    """The key of the picture that an attempt makes; its secret is the attempt's.
+
+    The dispatcher knows it as well, and can delete what an attempt stored that died before it could say so.
+    """
+    return _secret_key("out", hashlib.sha256(token.encode()).digest(), f"{request_id}.png")
 
 
 def upload_key(name: str) -> str:
     """A new key for an upload with this file name."""
-    return _random_key("up", name)
+    return _secret_key("up", secrets.token_bytes(1 + TOKEN_BYTES), name)
 
 
-def _random_key(kind: str, name: str) -> str:
-    return f"{kind}/{secrets.token_hex(1)}/{secrets.token_urlsafe(15)}_{safe_name(name)}"
+def _secret_key(kind: str, secret: bytes, name: str) -> str:
+    token = base64.urlsafe_b64encode(secret[1 : 1 + TOKEN_BYTES]).decode()
+    return f"{kind}/{secret[:1].hex()}/{token}_{safe_name(name)}"
 
 
 def is_key(text: str) -> bool:

@@ -364,7 +364,7 @@ class Ledger:
         return True
 
     def _finish(self, db: Writer, request: RequestRow, outcome: Outcome, now: float) -> None:
-        db.run("let_go_inputs", id=request.id, now=now)
+        db.run("let_go_inputs" if request.store_io else "let_go_all_inputs", id=request.id, now=now)
         expires_s = db.rows("expires_s", id=request.id)[0][0]
         for key in outcome.blobs:
             db.run("hold_blob", key=key, holder=request.id, expires=None if expires_s is None else now + expires_s)

@@ -218,6 +218,10 @@ STATEMENTS: dict[str, ClauseElement | Upsert] = {
     "let_go_inputs": update(blobs)
     .where(blobs.c.holder == bindparam("id"), blobs.c.expires.is_(None), not_(blobs.c.key.startswith("in/")))
     .values(expires=bindparam("now")),
+    # Of a request that may not be stored, everything.
+    "let_go_all_inputs": update(blobs)
+    .where(blobs.c.holder == bindparam("id"), blobs.c.expires.is_(None))
+    .values(expires=bindparam("now")),
     # A file that nobody holds is doomed: marked in the transaction that finds so, and from then on held by nobody.
     "is_doomed": select(
         exists(select(literal(1)).where(blobs.c.key == bindparam("key"), blobs.c.holder == bindparam("holder")))

@@ -20,7 +20,7 @@ from server.engine import Event, SlotInfo, SlotLost, SlotState, Work
 from server.engine import local as local_module
 from server.ledger import Blob, Ledger, NewLog, NewRequest, Outcome, SlotRow
 from server.settings import Settings
-from server.storage import Storage
+from server.storage import Storage, output_key
 from server.wakeup import Bell
 from server.webhooks import SigningKey, WebhookSender
 
@@ -299,6 +299,24 @@ def test_the_picture_of_an_attempt_that_lost_its_hold_is_deleted(play: Play) -> 
 
         assert await storage.head("out/late.png") is None
         assert await storage.head("out/good.png") is not None
+
+    play(story)
+
+
+def test_the_picture_of_an_attempt_that_died_unheard_is_deleted(play: Play) -> None:
+    """A slot that is lost between storing its picture and saying so leaves no file behind."""
+
+    async def story(scene: Scene) -> None:
+        storage = Storage.open(scene.settings)
+        await scene.submit()
+        await scene.dispatcher.step()
+        token = scene.engine.works[0].token
+        await storage.put_bytes(output_key("r", token), b"picture")
+
+        await scene.engine.say(token, None)
+
+        assert await scene.state() == ("IN_QUEUE", None, None)
+        assert await storage.head(output_key("r", token)) is None
 
     play(story)
 

@@ -122,7 +122,7 @@ async def test_a_lost_attempt_can_write_nothing_any_more(ledger: Ledger) -> None
 @in_a_loop
 async def test_a_requeued_request_keeps_its_place(ledger: Ledger) -> None:
     """What was first before its slot died is first again, and its start deadline is met already."""
-    await ledger.submit(new("first", start_deadline=time.time() + 0.05))
+    await ledger.submit(new("first", start_deadline=time.time() + 9))
     await ledger.submit(new("second"))
     await ledger.claim("first", "s", "t")
     await ledger.requeue("first", "t")
@@ -288,9 +288,9 @@ async def test_a_pending_webhook_keeps_its_request(ledger: Ledger) -> None:
 
 @in_a_loop
 async def test_requests_that_must_not_be_stored_lose_their_input(settings: Settings, ledger: Ledger) -> None:
-    """With X-Fal-Store-IO: 0 the job is gone at completion and the rest within the hour."""
+    """With X-Fal-Store-IO: 0 job and input are gone at completion and the rest within the hour."""
     for name, store_io in (("a", False), ("b", True)):
-        await ledger.submit(new(name, job={"secret": 1}, store_io=store_io))
+        await ledger.submit(new(name, job={"secret": 1}, store_io=store_io, blobs=(f"in/{name}",)))
         await ledger.claim(name, "s", "t")
         await ledger.complete(name, "t", GOOD)
     await ledger.submit(new("c", job={"secret": 1}, store_io=False))
@@ -301,6 +301,7 @@ async def test_requests_that_must_not_be_stored_lose_their_input(settings: Setti
             ("b", '{"secret":1}'),
             ("c", None),
         ]
+    assert await ledger.sweep(time.time()) == ["in/a"]
 
     await ledger.sweep(time.time() + 3700)
     assert await ledger.get("a") is None
