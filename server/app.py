@@ -36,7 +36,7 @@ from server.hosts import HostRouting
 from server.ledger import Ledger
 from server.ledger.sqlite import LedgerUnavailable
 from server.protocol import PatientProtocol
-from server.routes import files, openapi, ops, queue, rest, run
+from server.routes import files, openapi, ops, playground, queue, rest, run
 from server.routes.declared import COMPONENTS
 from server.schemas import ErrorBody
 from server.settings import Settings
@@ -84,7 +84,7 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
     )
     app.settings = settings
-    for router in (queue.router, run.router, rest.router, files.router, openapi.router, ops.router):
+    for router in (queue.router, run.router, rest.router, files.router, openapi.router, ops.router, playground.router):
         app.include_router(router)
     for kind in (GatewayError, InvalidInput, LedgerUnavailable, StorageUnavailable):
         app.add_exception_handler(kind, answer_known)

@@ -36,7 +36,20 @@ MEDIA_HOSTS = ("v3.fal.media", "v3b.fal.media", "fal.media")
 """Where clients upload to and read from; with DNS or CONNECT mapping they end here."""
 
 OWN_PATHS = frozenset(
-    {"", ".well-known", "api", "docs", "files", "health", "metrics", "openapi.json", "ready", "storage", "tokens"}
+    {
+        "",
+        ".well-known",
+        "api",
+        "docs",
+        "files",
+        "health",
+        "metrics",
+        "openapi.json",
+        "playground",
+        "ready",
+        "storage",
+        "tokens",
+    }
 )
 """First segments that are no model's owner, on every host."""
 

@@ -174,6 +174,21 @@ _READY = {
 IS_READY: Responses = {status: {"content": {JSON: {"schema": _READY}}} for status in (200, 503)}
 IS_READY[503]["description"] = "No slot can take a request."
 
+# -- playground
+_FLAG = {"type": "boolean"}
+IS_FACTS = answers(
+    {
+        "type": "object",
+        "required": ["is_open", "is_ready", "endpoints", "slots"],
+        "properties": {
+            "is_open": _FLAG,
+            "is_ready": _FLAG,
+            "endpoints": {"type": "array", "items": texts("id", "title", "description")},
+            "slots": {"type": "array", "items": texts("state", "device", "weights")},
+        },
+    }
+)
+
 # -- fal's documents
 IS_DOCUMENT: Responses = {
     **answers({"type": "object", "required": ["openapi", "paths"]}),
