@@ -54,3 +54,11 @@ class InvalidParams(PipelineError):
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
         self.field = field
+
+
+class CaptionFailed(PipelineError):
+    """The captioner has no words for a picture; the request goes on without."""
+
+
+class ModelsMissing(PipelineError):
+    """The operator has not installed the models that a request needs."""
