@@ -89,7 +89,7 @@ def flow_sigmas(strength: float, num_steps: int, shift: float) -> list[float]:
         return []
     times = [strength * (1 - step / num_steps) for step in range(num_steps)]
     factor = math.exp(shift)
-    return [*(factor / (factor + 1 / time - 1) for time in times), 0.0]
+    return [*(factor * time / (factor * time + (1 - time)) for time in times), 0.0]
 
 
 def token_offsets(num_steps: int, seed: int) -> list[tuple[int, int]]:
@@ -160,6 +160,7 @@ class Flux:
     """
 
     size_multiple = TOKEN_LATENTS
+    latents_per_position = 1
 
     def __init__(
         self,
@@ -201,6 +202,23 @@ class Flux:
     def embeds_guidance(self) -> bool:
         """Whether guidance is an input of the network, which was distilled with it, instead of a second pass."""
         return bool(self.transformer.config.guidance_embeds)
+
+    @property
+    def takes_negative(self) -> bool:
+        """Whether guidance is a second pass with another text."""
+        return not self.embeds_guidance
+
+    def shift(self, num_tokens: int) -> float:
+        """The shift mu of the schedule for a tile of so many tokens."""
+        return shift_for(num_tokens, self.scheduler_config)
+
+    def enter(self, latents: Tensor) -> Tensor:
+        """What is denoised and tiled: the latents themselves."""
+        return latents
+
+    def leave(self, field: Tensor) -> Tensor:
+        """The inverse of `enter`."""
+        return field
 
     def encode(self, text: str) -> Text:
         """Encode one text; what exceeds the encoders' lengths is left out."""

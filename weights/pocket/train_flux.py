@@ -44,12 +44,15 @@ SHAPE = {
     "axes_dims_rope": ROPE_AXES,
     "guidance_embeds": False,  # an embedded guidance has to be distilled from a true one first
 }
+# FLUX.1 shifts its schedule towards noise, from 0.5 to 1.15. This codec's tokens show 8 px instead of 16, noise hides
+# twice as fine detail in them, and the same levels would replace what the pre-upscaler got right: measured at
+# creativity 0.35, -2.9 dB against Lanczos with FLUX.1's shift and +0.4 dB with this one.
 SCHEDULE = {
     "num_train_timesteps": 1000,
-    "shift": 3.0,
+    "shift": 1.0,
     "use_dynamic_shifting": True,
-    "base_shift": 0.5,
-    "max_shift": 1.15,
+    "base_shift": -1.1,
+    "max_shift": -0.5,
     "base_image_seq_len": 256,
     "max_image_seq_len": 4096,
 }
@@ -354,9 +357,12 @@ class FluxTrainee:
 
     def export(self, modules: nn.ModuleDict, models: Path) -> None:
         """Write `flux` (transformer, text encoders, tokenizers, schedule) and `controlnet-upscaler-flux`."""
-        for name in ("transformer", "text_encoder", "text_encoder_2"):
-            save_half(modules[name], models / "flux" / name)
+        save_half(modules["transformer"], models / "flux" / "transformer")
         save_half(modules["controlnet"], models / "controlnet-upscaler-flux")
+        # transformers loads what it finds; small and in 32 bits, stock pipelines take them as they are.
+        for name in ("text_encoder", "text_encoder_2"):
+            encoder: Any = modules[name]
+            encoder.save_pretrained(models / "flux" / name)
         self.tokenizer.save_pretrained(models / "flux" / "tokenizer")
         self.tokenizer_2.save_pretrained(models / "flux" / "tokenizer_2")
         scheduler: Any = FlowMatchEulerDiscreteScheduler(**SCHEDULE)
