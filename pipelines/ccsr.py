@@ -30,7 +30,8 @@ from pipelines.colour import adain_match, halo_rows, wavelet_match
 from pipelines.errors import NonFiniteResult
 from pipelines.multidiffusion import Denoiser, fused_prediction
 from pipelines.prescale import PreStage, nothing
-from pipelines.redraw import compensated
+from pipelines.redraw import EXACT_PX, compensated, compensated_in_bands
+from pipelines.streamed_vae import StreamedVAE
 from pipelines.tiling import Grid, Tile, fit_grid, gather
 from pipelines.vae import TiledVAE, pad_to_multiple
 from weights.ccsr import Layout, Networks, load_networks, read_layout
@@ -210,13 +211,17 @@ class CCSR:
         vae: Encodes the enlarged picture and decodes the restored one.
         base: Enlarges to the exact size.
         layout: How the networks were meant to be run.
+        exact_px: Pictures of more pixels pass through the VAE in bounded memory, see `streamed_vae`.
     """
 
-    def __init__(self, model: RestoringUNet, vae: AutoencoderKL, base: PreStage, layout: Layout) -> None:
+    def __init__(
+        self, model: RestoringUNet, vae: AutoencoderKL, base: PreStage, layout: Layout, *, exact_px: int = EXACT_PX
+    ) -> None:
         self.model = model
         self.vae = TiledVAE(vae.eval(), park_device=torch.device("cpu") if vae.device.type == "cuda" else None)
         self.base = base
         self.layout = layout
+        self.exact_px = exact_px
         self.tile_batch = TILE_BATCH[vae.device.type]
         self.padding_multiple = self.vae.scale_factor * max(8, model.size_multiple)
 
@@ -233,7 +238,7 @@ class CCSR:
 
     def with_layout(self, **changes: Any) -> CCSR:
         """The same networks run in another way, for example with other `num_steps`."""
-        return CCSR(self.model, self.vae.vae, self.base, replace(self.layout, **changes))
+        return CCSR(self.model, self.vae.vae, self.base, replace(self.layout, **changes), exact_px=self.exact_px)
 
     @torch.inference_mode()
     def __call__(
@@ -242,7 +247,8 @@ class CCSR:
         """Enlarge and restore an image; see `PreStage`."""
         enlarged = self.base(image, size, on_tile, seed=seed)
         padded = pad_to_multiple(enlarged, self.padding_multiple)
-        condition = self.vae.encode(padded, on_tile).float()
+        streamed = padded.shape[-2] * padded.shape[-1] > self.exact_px
+        condition = (StreamedVAE(self.vae) if streamed else self.vae).encode(padded, on_tile).float()
         grid = fit_grid(*condition.shape[-2:], max_tile=self.layout.max_tile, overlap=self.layout.tile_overlap)
         generator = torch.Generator("cpu").manual_seed(seed)
         clean = restore(
@@ -277,7 +283,8 @@ class CCSR:
             return wavelet_match(rows, reference, levels=levels, amount=1.0) if levels else rows
 
         weight = 1.0 if self.layout.round_trip_compensation else 0.0
-        pairs = compensated(vae, condition, clean, padded, weight=weight, on_tile=on_tile)
+        decode = compensated_in_bands if padded.shape[-2] * padded.shape[-1] > self.exact_px else compensated
+        pairs = decode(vae, condition, clean, padded, weight=weight, on_tile=on_tile)
         restored, top = torch.empty_like(enlarged), 0
         for band in cut(filter_bands(pairs, match, halo=halo_rows(levels)), *enlarged.shape[-2:]):
             restored[..., top : top + band.shape[-2], :] = band.to(restored.device)

@@ -306,6 +306,17 @@ def test_what_changes_nothing_gives_the_enlarged_picture(ccsr: CCSR) -> None:
     assert (restored - Lanczos()(image, (74, 42))).abs().max() < 2e-3
 
 
+def test_a_large_picture_is_restored_in_bounded_memory(ccsr: CCSR) -> None:
+    """Above `exact_px` the VAE goes from band to band; with the oracle the picture still comes back."""
+    ccsr.model = Oracle()  # type: ignore[assignment]
+    ccsr.exact_px = 60 * 60
+    image = torch.rand(1, 3, 40, 30)
+
+    restored = ccsr.with_layout(num_steps=1, round_trip_compensation=True, color_fix="wavelet")(image, (80, 60))
+
+    assert (restored - Lanczos()(image, (80, 60))).abs().max() < 2e-3
+
+
 def test_the_seed_decides_and_nothing_stays_behind(ccsr: CCSR) -> None:
     """Twice the same seed is twice the same picture; no weight moves."""
     image = torch.rand(1, 3, 20, 20)
