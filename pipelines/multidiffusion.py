@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipelines.samplers import Sampler
-from pipelines.tiling import Grid, Tile, blend_weights, fuse, gather
+from pipelines.tiling import Grid, Tile, blend_weights, fuse, gather, surround
 
 ConditioningT = TypeVar("ConditioningT", contravariant=True)
 
@@ -47,6 +47,7 @@ def tiled_denoise(
     grid: Grid,
     tile_batch: int,
     seed: int,
+    whole: Sequence[Tile] = (),
     on_step: Callable[[int], None] = lambda step: None,
 ) -> Tensor:
     """Denoise a whole latent tile by tile.
@@ -59,6 +60,8 @@ def tiled_denoise(
         grid: Tiles fitted to the latent.
         tile_batch: Tiles per call of the model; changes memory and speed, not the result.
         seed: Decides how the tile edges move from step to step.
+        whole: Boxes of the latent that no tile edge may cut: each gets a tile of its own around it, whose prediction
+            alone counts there. One that is larger than a tile is left to the grid.
         on_step: Called after each step with its number, from 1; may raise to stop.
 
     Returns:
@@ -67,7 +70,8 @@ def tiled_denoise(
     for step in range(sampler.num_steps):
         shown, timestep = sampler.model_input(step, sample)
         offset = grid.jitter(step, seed)
-        tiles, weights = grid.tiles(*offset), blend_weights(grid, *offset).to(shown.device)
+        tiles, weights = surround(grid, grid.tiles(*offset), blend_weights(grid, *offset), whole)
+        weights = weights.to(shown.device)
         prediction = fused_prediction(model, shown, timestep, conditioning, tiles, weights, tile_batch=tile_batch)
         sample = sampler.advance(step, prediction, sample)
         on_step(step + 1)

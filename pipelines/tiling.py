@@ -145,6 +145,43 @@ def blend_weights(grid: Grid, offset_y: int = 0, offset_x: int = 0) -> Tensor:
     return weights.reshape(-1, 1, grid.tile_height, grid.tile_width)
 
 
+def surround(grid: Grid, tiles: Sequence[Tile], weights: Tensor, boxes: Sequence[Tile]) -> tuple[list[Tile], Tensor]:
+    """Give each box a tile of its own, so that no other tile's edge is blended into it.
+
+    Args:
+        grid: The grid.
+        tiles: Its tiles, wherever they are moved to.
+        weights: (len(tiles), 1, th, tw) of `blend_weights` for them.
+        boxes: On the latent. One that is larger than a tile, and all in a grid of one tile, are left as they are.
+
+    Returns:
+        The tiles with those of the boxes after them, and weights that still add to one at every position: 1 in the
+        box's own tile inside the box, falling to 0 over the grid's overlap around it.
+    """
+    tiles, weights = list(tiles), weights.clone()
+    if len(tiles) == 1:
+        return tiles, weights
+    for box in boxes:
+        if box.bottom - box.top > grid.tile_height or box.right - box.left > grid.tile_width:
+            continue
+        top = _around(box.top, box.bottom, grid.tile_height, grid.height)
+        left = _around(box.left, box.right, grid.tile_width, grid.width)
+        own = Tile(top, left, top + grid.tile_height, left + grid.tile_width)
+        rows = _fading(own.top, own.bottom, box.top, box.bottom, grid.overlap)
+        columns = _fading(own.left, own.right, box.left, box.right, grid.overlap)
+        share = rows[:, None] * columns[None]
+        for tile, weight in zip(tiles, weights, strict=True):
+            upper, outer = max(tile.top, own.top), max(tile.left, own.left)
+            lower, inner = min(tile.bottom, own.bottom), min(tile.right, own.right)
+            if upper < lower and outer < inner:
+                weight[0, upper - tile.top : lower - tile.top, outer - tile.left : inner - tile.left] *= (
+                    1 - share[upper - own.top : lower - own.top, outer - own.left : inner - own.left]
+                )
+        tiles.append(own)
+        weights = torch.cat([weights, share[None, None].to(weights)])
+    return tiles, weights
+
+
 def gather(latents: Tensor, tiles: Sequence[Tile]) -> Tensor:
     """Copy tiles of one shape out of (1, C, H, W) latents; returns (len(tiles), C, th, tw), same dtype and device."""
     return torch.cat([latents[:, :, top:bottom, left:right] for top, left, bottom, right in tiles])
@@ -216,3 +253,15 @@ def _side_weights(starts: Sequence[int], tile: int, side: int, overlap: int, off
         ramp[start : start + tile] = nearest.clamp(0, 1)
     shares = ramps / ramps.sum(dim=0)
     return torch.stack([share[start : start + tile] for share, start in zip(shares, moved, strict=True)]).float()
+
+
+def _around(first: int, end: int, tile: int, side: int) -> int:
+    """Where a tile starts that has a span in its middle, as far as the border allows."""
+    return min(max(0, (first + end - tile) // 2), side - tile)
+
+
+def _fading(start: int, stop: int, first: int, end: int, width: int) -> Tensor:
+    """1 from `first` to `end`, falling to 0 over `width` positions on both sides, for positions `start` to `stop`."""
+    position = torch.arange(start, stop)
+    distance = torch.maximum(first - position, position - end + 1).clamp(min=0)
+    return (1 - distance / (width + 1)).clamp(min=0)

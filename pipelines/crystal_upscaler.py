@@ -1,0 +1,170 @@
+"""`clarityai/crystal-upscaler`: portraits and fine surfaces, faithful by default, up to 200 times the side.
+
+Plan (sizes, passes; refused before any weight is loaded), then run: decode (`images`), find faces (`faces`), passes
+(`staged`) of pre-stage and, with a strength, diffusion in bounded memory, PNG in bands (`delivery`). Without a strength
+the pre-stage's network does it all; fal's endpoint, as its partners document it, does the same for pictures whose
+shorter side is at most 256 px, whatever the creativity.
+
+Diffusion passes double at most, and end where the picture is 4096 px long or 16 times as large: beyond that nothing is
+left in the input to be faithful to, and the network alone goes on. Faces are redrawn with half the strength of the rest
+(differential diffusion, arXiv 2306.00950), each within a tile of its own. Models and licences: those of
+`clarity_upscaler`, and OpenCV's cascade for frontal faces.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from typing import Any, BinaryIO
+
+import torch
+
+from pipelines.delivery import Result, deliver, opaque, recipe_of, write_png
+from pipelines.faces import NO_FACES, FaceDetector, FaceMap, load_detector
+from pipelines.images import Picture, decode
+from pipelines.models import Family, Models
+from pipelines.planning import MAX_SIDE_PX, Limits, check_memory, plan_size
+from pipelines.progress import Progress, Stages
+from pipelines.redraw import STREAMED_BYTES, Canvas
+from pipelines.staged import Pass, StagedUpscale, Style, in_doublings
+from weights.detect import SD_1_5
+
+NAME = "crystal_upscaler"
+PROMPT = "sharp portrait photograph, detailed skin, detailed hair, high quality"
+NEGATIVE_PROMPT = "blurry, low quality, deformed, grainy, compression artifacts"
+MAX_TILE_PX = 768
+TILE_BATCH = {"cpu": 2, "cuda": 16}
+EXACT_PX = 2**21
+"""Pictures above are streamed: at 1024² as at 4096² memory is that of a tile."""
+NETWORK_ONLY_PX = 256
+"""Pictures whose shorter side is no longer are not redrawn: what diffusion adds to so few pixels is not the person."""
+HORIZON_PX, HORIZON_FACTOR = 4096, 16.0
+PASS_FADE = 0.8
+"""Each further pass has this share of the strength of the one before it."""
+FACE_STRENGTH = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params:
+    """What decides the picture, in the pipeline's own words."""
+
+    scale: float  # 1..200, output side / input side
+    strength: float  # 0..1; 0 is the network alone
+    controlnet_conditioning_scale: float  # 0..1
+    guidance_scale: float = 4.0
+    num_inference_steps: int = 20
+    seed: int = 0
+
+
+class CrystalUpscaler:
+    """The pipeline; its models come from `models` when a request wants them.
+
+    Args:
+        models: Of one set of weights on one device.
+        weights: What recipes say of the set.
+    """
+
+    def __init__(self, models: Models, *, weights: dict[str, Any]) -> None:
+        self.models, self.weights = models, weights
+
+    @torch.inference_mode()
+    def __call__(self, image: bytes, params: Params, *, limits: Limits, output: BinaryIO, progress: Progress) -> Result:
+        """Upscale `image` and write the result to `output` as PNG; see `CreativeUpscaler`."""
+        stages = Stages(progress)
+        with stages.stage("decode"):
+            picture = decode(image, max_pixels=limits.max_input_pixels)
+            size = plan_output(picture.width, picture.height, params.scale, max_pixels=limits.max_output_pixels)
+            passes = plan_passes(picture.width, picture.height, params, size)
+        check_memory(picture.width, picture.height, size, needed=STREAMED_BYTES)
+        started = time.perf_counter()
+        if any(one.strength for one in passes):
+            recipe = self._redraw(picture, params, size, passes, output, stages)
+        else:
+            recipe = recipe_of(NAME, picture, params, size, self.weights, **_told(passes, NO_FACES))
+            with stages.stage("preupscale"):
+                beat = partial(stages.beat, "preupscale")
+                bands = self.models.prestage().bands(opaque(picture), passes[0].size, beat)
+                write_png(bands, picture, recipe, output)
+        stages.timings["inference"] = time.perf_counter() - started
+        return Result(width=size[0], height=size[1], seed=params.seed, timings=stages.timings, recipe=recipe)
+
+    def _redraw(
+        self,
+        picture: Picture,
+        params: Params,
+        size: tuple[int, int],
+        passes: Sequence[Pass],
+        output: BinaryIO,
+        stages: Stages,
+    ) -> dict[str, Any]:
+        """Run passes of which some have a strength, and write the picture; returns its recipe."""
+        family = self._family()
+        needed = family.canvas.bytes_needed(size[1], size[0], pictures=0)
+        check_memory(picture.width, picture.height, size, needed=needed)
+        with stages.stage("faces"):
+            faces = FaceMap(self._detector(picture.rgb))
+        recipe = recipe_of(NAME, picture, params, size, self.weights, **_told(passes, faces))
+        style = Style(
+            prompt=PROMPT,
+            negative_prompt=NEGATIVE_PROMPT,
+            controlnet_conditioning_scale=params.controlnet_conditioning_scale,
+            guidance_scale=params.guidance_scale,
+            num_inference_steps=params.num_inference_steps,
+            kind="euler",
+            max_tile_px=MAX_TILE_PX,
+            tile_batch=TILE_BATCH[self.models.device.type],
+            face_strength=FACE_STRENGTH,
+        )
+        upscale = StagedUpscale(self.models.prestage(), style, stages, family=family, faces=faces)
+        deliver(upscale.bands(opaque(picture), passes), family.canvas.vae, picture, recipe, output, stages)
+        return recipe
+
+    @cached_property
+    def _detector(self) -> FaceDetector:
+        return load_detector(self.models.store)
+
+    def _family(self) -> Family:
+        family = self.models.family(SD_1_5)
+        vae, multiple = family.canvas.vae.vae, family.model.size_multiple
+        return Family(family.model, Canvas(vae, size_multiple=multiple, exact_px=EXACT_PX))
+
+
+def plan_output(width: int, height: int, scale: float, *, max_pixels: int) -> tuple[int, int]:
+    """Output size (width, height): each side times the scale, rounded.
+
+    Raises:
+        ImageTooLarge: It would be too large; the message names the largest scale for this picture.
+    """
+    best = min(math.sqrt(max_pixels / (width * height)), MAX_SIDE_PX / max(width, height))
+    best = math.floor(best * 100) / 100
+    while best >= 1 and round(width * best) * round(height * best) > max_pixels:
+        best -= 0.01
+    way_out = f"The largest scale_factor for this picture is {best:.2f}." if best >= 1 else "Send a smaller picture."
+    return plan_size(width, height, scale, max_pixels=max_pixels, way_out=way_out)
+
+
+def plan_passes(width: int, height: int, params: Params, size: tuple[int, int]) -> list[Pass]:
+    """The passes from a picture of `width` x `height` px to `size` (width, height)."""
+    final = (size[1], size[0])
+    if params.strength == 0 or min(width, height) <= NETWORK_ONLY_PX:
+        return [Pass(size=final, scale=params.scale, strength=0.0, seed=params.seed)]
+    horizon = min(HORIZON_FACTOR, max(2.0, HORIZON_PX / max(width, height)))
+    redrawn = min(params.scale, horizon)
+    passes, reached, factors = [], 1.0, in_doublings(redrawn)
+    for i, scale in enumerate(factors):
+        reached *= scale
+        is_last = redrawn == params.scale and i == len(factors) - 1
+        sides = final if is_last else (round(height * reached), round(width * reached))
+        strength = params.strength * PASS_FADE**i
+        passes.append(Pass(size=sides, scale=scale, strength=strength, seed=params.seed + i))
+    if redrawn < params.scale:
+        passes.append(Pass(size=final, scale=params.scale / redrawn, strength=0.0, seed=params.seed))
+    return passes
+
+
+def _told(passes: Sequence[Pass], faces: FaceMap) -> dict[str, Any]:
+    """What recipes tell of a run: its passes, and where the faces were found, in shares of the sides."""
+    return {"passes": [asdict(one) for one in passes], "faces": [face._asdict() for face in faces.faces]}
