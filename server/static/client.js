@@ -62,10 +62,17 @@ export class Client {
     return answer.request_id;
   }
 
-  /** What a request came to: `{data, servedFrom}`. */
-  async result(endpoint, id) {
-    const response = await this.#fetch(`queue/${endpoint}/requests/${id}`);
-    return { data: await response.json(), servedFrom: response.headers.get("x-fal-served-from") };
+  /** What a request came to: `{data, servedFrom}`; asked for until there is an answer. */
+  async result(endpoint, id, signal) {
+    for (;;) {
+      try {
+        const response = await this.#fetch(`queue/${endpoint}/requests/${id}`, { signal });
+        return { data: await response.json(), servedFrom: response.headers.get("x-fal-served-from") };
+      } catch (error) {
+        if (signal.aborted || error instanceof ApiError) throw error;
+      }
+      await pause(signal);
+    }
   }
 
   /** Ask for the end of a request. */
@@ -93,10 +100,9 @@ export class Client {
           if (event.status === "COMPLETED") return;
         }
       } catch (error) {
-        if (signal.aborted || error instanceof ApiError) throw error;
+        if (signal.aborted || (error instanceof ApiError && error.status < 500)) throw error;
       }
-      await new Promise((resolve) => setTimeout(resolve, RECONNECT_MS));
-      signal.throwIfAborted();
+      await pause(signal);
     }
   }
 
@@ -110,6 +116,12 @@ export class Client {
     if (response.ok) return response;
     throw new ApiError(response.status, await response.json().catch(() => null));
   }
+}
+
+/** Wait a moment before asking again; throws if nobody wants to know any more. */
+async function pause(signal) {
+  await new Promise((resolve) => setTimeout(resolve, RECONNECT_MS));
+  signal.throwIfAborted();
 }
 
 /** The data of server-sent events, parsed; comments are left out. */

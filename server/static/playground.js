@@ -46,15 +46,14 @@ async function readFacts() {
   let facts = null;
   try {
     facts = await client.facts();
+    page.facts = facts;
+    if (!page.form) await begin(facts);
   } catch {
-    /* said below */
+    facts = null; // said in the line about the server, and tried again
   }
-  const isFirst = facts && !page.facts;
-  page.facts = facts ?? page.facts;
   showServer(facts);
-  if (isFirst) await begin(facts);
-  const soon = !facts?.is_ready;
-  setTimeout(() => (document.hidden ? document.addEventListener("visibilitychange", readFacts, { once: true }) : readFacts()), soon ? FACTS_SOON_MS : FACTS_MS);
+  const again = () => (document.hidden ? document.addEventListener("visibilitychange", readFacts, { once: true }) : readFacts());
+  setTimeout(again, facts?.is_ready ? FACTS_MS : FACTS_SOON_MS);
 }
 
 function showServer(facts) {
@@ -235,7 +234,7 @@ async function follow(watch) {
       watch.seconds = update.metrics?.inference_time;
     }
   }
-  const result = await client.result(entry.endpoint, entry.id);
+  const result = await client.result(entry.endpoint, entry.id, abort.signal);
   const picture = pictureOf(result.data);
   remember(entry, { outcome: "done", result, width: picture?.width, height: picture?.height, seconds: watch.seconds });
   if (page.watch !== watch) return;
@@ -521,7 +520,7 @@ function listen() {
     const { [page.form.picture]: picture } = page.form.changed();
     page.form.fill({ [page.form.picture]: picture });
   });
-  find("#endpoint").addEventListener("change", (event) => choose(event.target.value));
+  find("#endpoint").addEventListener("change", (event) => choose(event.target.value).catch(showFaults));
   find("#copy").addEventListener("click", copy);
   find("#clear").addEventListener("click", () => { history.clear(); showHistory(); });
   const zooms = { in: () => comparison.zoomBy(1.5), out: () => comparison.zoomBy(1 / 1.5), fit: () => comparison.fit(), full: () => comparison.full() };

@@ -121,7 +121,7 @@ def install(npm: str) -> None:
     wanted, stamp = (SOURCES / "package.json").read_text(), INSTALLED / ".installed"
     for source in SOURCES.iterdir():
         copy = INSTALLED / source.name
-        if source.suffix in (".mjs", ".html", ".json") and not (
+        if source.suffix in (".mjs", ".js", ".html", ".json") and not (
             copy.exists() and copy.read_bytes() == source.read_bytes()  # another test process may be reading it
         ):
             shutil.copy(source, copy)
