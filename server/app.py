@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
+import uuid
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from typing import Any
@@ -47,6 +48,7 @@ from server.wakeup import Bell, Ringer
 
 KEEP_ALIVE_S = 75
 CERTIFICATE_CHECK_S = 86400.0
+LAST_ANSWERS_S = 5  # for what is under way when the gateway is stopped; runs were waited for before
 
 log = structlog.get_logger()
 
@@ -157,9 +159,12 @@ async def answer_parameters(request: Request, error: Exception) -> Response:
 
 
 async def answer_unknown(request: Request, error: Exception) -> Response:
-    """A fault of ours: said without particulars, logged with all of them."""
-    log.error("internal_error", path=request.url.path, exc_info=error)
-    return await answer_known(request, error)
+    """A fault of ours: said without particulars, logged with all of them, under the id that the caller sees."""
+    request_id = str(uuid.uuid4())
+    log.error("internal_error", request_id=request_id, path=request.url.path, exc_info=error)
+    answer = await answer_known(request, error)
+    answer.headers["x-fal-request-id"] = request_id
+    return answer
 
 
 class Listener(uvicorn.Server):
@@ -172,7 +177,7 @@ class Listener(uvicorn.Server):
 
 
 async def serve_gateway(settings: Settings) -> None:
-    """Serve the app on the HTTP and the HTTPS port until cancelled; open requests then have `drain_s` to end."""
+    """Serve the app on the HTTP and the HTTPS port until cancelled; answers under way then have some seconds to end."""
     app = create_app(settings)
     async with app.router.lifespan_context(app), fal_proxy(settings):
         listeners = make_listeners(app, settings)
@@ -201,7 +206,7 @@ def make_listeners(app: FastAPI, settings: Settings) -> list[Listener]:
         "server_header": False,
         "proxy_headers": False,
         "timeout_keep_alive": KEEP_ALIVE_S,
-        "timeout_graceful_shutdown": max(1, round(settings.drain_s)),
+        "timeout_graceful_shutdown": min(LAST_ANSWERS_S, max(1, round(settings.drain_s))),
         "http": partial(PatientProtocol, patience_s=settings.client_patience_s),
     }
     configs = [uvicorn.Config(port=settings.port, **common)] if settings.port else []

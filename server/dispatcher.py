@@ -23,6 +23,7 @@ from server.affinity import Place, Waiting, place
 from server.engine import Engine, Event, SlotInfo, SlotLost, SlotState, Work
 from server.engine.local import LocalEngine
 from server.ledger import Ledger, NewLog, Outcome, RequestRow, SlotRow
+from server.metrics import DispatcherMetrics
 from server.settings import Settings
 from server.storage import Storage, output_key
 from server.wakeup import Bell, ring
@@ -57,6 +58,7 @@ class _Run:
     """An attempt that this dispatcher follows."""
 
     request_id: str
+    endpoint: str
     slot_id: str
     token: str
     started: float = field(default_factory=time.monotonic)
@@ -82,16 +84,20 @@ class Dispatcher:
         self._tasks: set[asyncio.Task[None]] = set()
         self._unseen_since: dict[str, float] = {}
         self._told: dict[str, SlotInfo] = {}
+        self._metrics = DispatcherMetrics()
         self._mean_s = 10.0
         self._next_beat = self._next_sweep = 0.0
 
     async def serve(self) -> None:
-        """Work until cancelled."""
+        """Work until cancelled; what runs then has `drain_s` to end."""
         try:
             await self._attempt(self._disown_slots)
             while True:
                 await self.step()
                 await self._bell.wait(IDLE_S)
+        except asyncio.CancelledError:
+            await self.drain()
+            raise
         finally:
             for task in self._tasks:
                 task.cancel()
@@ -115,6 +121,30 @@ class Dispatcher:
         self._look()
         for part in parts:
             await self._attempt(part)
+
+    async def drain(self) -> None:
+        """Start nothing more, let what runs end, and queue again what does not in time, as if it had never started."""
+        log.info("draining", num_runs=len(self._runs), drain_s=self._settings.drain_s)
+        await self._attempt(self._refuse_more)
+        deadline = time.monotonic() + self._settings.drain_s
+        while self._runs and (left_s := deadline - time.monotonic()) > 0:
+            await self._attempt(self._stop_cancelled)
+            await self._attempt(self._webhooks.send_due)
+            await self._bell.wait(min(IDLE_S, left_s))
+        for run in list(self._runs.values()):
+            line = "The server was stopped; the request is queued again."
+            await self._ledger.append_logs(run.request_id, run.token, [NewLog(time.time(), "WARN", line)])
+            await self._ledger.requeue(run.request_id, run.token, counts=False)
+            log.info("request_handed_back", request_id=run.request_id)
+        self._tell_gateway()
+
+    async def _refuse_more(self) -> None:
+        """Write down that no slot takes requests any more: the gateway is not ready from now on."""
+        for info in self._engine.slots():
+            row = SlotRow(
+                info.id, SlotState.DOWN.value, info.device, info.weights, "the server is stopping", time.time()
+            )
+            await self._ledger.put_slot(row)
 
     async def _attempt(self, part: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -145,7 +175,7 @@ class Dispatcher:
             info = slots.get(row.slot or "")
             if info is not None and info.token == token:
                 log.info("run_adopted", request_id=row.id, slot_id=info.id)
-                self._follow(_Run(row.id, info.id, token), self._engine.attach(info.id, token))
+                self._follow(_Run(row.id, row.endpoint, info.id, token), self._engine.attach(info.id, token))
             elif info is None or self._is_lost(info):
                 await self._take_back(row.id, token)
         for info in slots.values():
@@ -184,9 +214,10 @@ class Dispatcher:
     async def _start(self, row: RequestRow, slot_id: str) -> None:
         token = uuid.uuid4().hex
         if await self._ledger.claim(row.id, slot_id, token):
+            self._metrics.started(row)
             log.info("run_started", request_id=row.id, endpoint=row.endpoint, slot_id=slot_id, attempt=row.attempt + 1)
             work = Work(request_id=row.id, endpoint=row.endpoint, token=token, job=row.job or {})
-            self._follow(_Run(row.id, slot_id, token), self._engine.run(slot_id, work))
+            self._follow(_Run(row.id, row.endpoint, slot_id, token), self._engine.run(slot_id, work))
             self._tell_gateway()
 
     def _follow(self, run: _Run, batches: AsyncIterator[list[Event]]) -> None:
@@ -225,7 +256,9 @@ class Dispatcher:
                 recorded=won,
             )
             await self._engine.acknowledge(run.slot_id, run.token)
-            if not won:
+            if won:
+                self._metrics.ended(run.endpoint, outcome, duration_s)
+            else:
                 await self._discard(run.request_id, outcome)
             ring(self._settings.run_dir, "dispatcher")  # its webhook is due
         self._tell_gateway()
@@ -243,9 +276,11 @@ class Dispatcher:
         row = await self._ledger.get(request_id)
         if row is None or row.token != token:
             return
+        self._metrics.lost(row.endpoint)
         limit = self._settings.max_attempts if row.retry else 1
         if row.attempt >= limit and not row.cancel_requested:
             await self._ledger.complete(request_id, token, GIVEN_UP)
+            self._metrics.ended(row.endpoint, GIVEN_UP, time.time() - (row.started or row.created))
             log.error("request_given_up", request_id=request_id, attempts=row.attempt)
         else:
             line = f"The worker was lost in attempt {row.attempt} of {limit}; the request is queued again."
@@ -275,6 +310,7 @@ class Dispatcher:
                 await self._engine.cancel(run.slot_id, run.token)
             elif now - run.cancelled_at > self._settings.cancel_grace_s:
                 log.warning("slot_killed", slot_id=run.slot_id, request_id=run.request_id, reason="did not stop")
+                self._metrics.killed()
                 await self._engine.kill(run.slot_id)
 
     async def _end_silent(self) -> None:
@@ -291,6 +327,7 @@ class Dispatcher:
                 silent.setdefault(run.slot_id, f"its run was silent for {now - run.heard:.0f} s")
         for slot_id, reason in silent.items():
             log.error("slot_killed", slot_id=slot_id, reason=reason)
+            self._metrics.killed()
             await self._engine.kill(slot_id)
 
     async def _beat(self) -> None:
@@ -304,6 +341,7 @@ class Dispatcher:
                 )
         if due:
             self._next_beat = time.monotonic() + BEAT_S
+            self._metrics.write(self._settings.run_dir / "dispatcher.prom")
 
     async def _sweep_in_time(self) -> None:
         """Sweep now and then, beside the loop: a store that is out of reach must not hold it up."""

@@ -122,7 +122,9 @@ class Settings(BaseSettings):
     client_patience_s: float = Field(
         30.0, gt=0, description="Seconds a client may take for a request's head, or stay below 500 bytes a second."
     )
-    drain_s: float = Field(10.0, ge=0, description="Seconds that open connections have to end at shutdown.")
+    drain_s: float = Field(
+        10.0, ge=0, description="Seconds that running requests have to end at shutdown, before they are queued again."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
 
     @classmethod

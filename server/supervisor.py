@@ -34,6 +34,7 @@ MAX_DELAY_S = 10.0
 SETTLED_S = 10.0
 """Seconds after which a role counts as running well, so that its next death is restarted at once."""
 
+GATEWAY_STOP_S = 10.0
 LOCK_TRIES = 5
 
 PATIENT_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -104,8 +105,14 @@ def plan_roles(settings: Settings, slots: Sequence[SlotSpec]) -> list[Role]:
     env = settings_environment(settings)
     slot_ids = ",".join(slot.id for slot in slots)
     return [
-        Role(name="gateway", argv=[*python, "gateway"], env=env, stop_s=settings.drain_s + 5.0),
-        Role(name="dispatcher", argv=[*python, "dispatcher", "--slots", slot_ids], env=env),
+        # First the one that waits for what runs; callers can ask for it until it is done.
+        Role(
+            name="dispatcher",
+            argv=[*python, "dispatcher", "--slots", slot_ids],
+            env=env,
+            stop_s=settings.drain_s + 5.0,
+        ),
+        Role(name="gateway", argv=[*python, "gateway"], env=env, stop_s=GATEWAY_STOP_S),
         *(
             Role(
                 name=f"slot-{slot.id}",

@@ -316,13 +316,17 @@ class SlotListener:
             loop.call_soon_threadsafe(self._record, run, line, None)
 
         try:
-            work = loop.run_in_executor(self._worker, self._host.run, run.work, emit, lambda: run.cancelled)
-            self._record(run, None, await work)
+            self._record(run, None, await loop.run_in_executor(self._worker, self._run_host, run, emit))
         except Exception:
             # The host answers for everything a request can cause; what is left means that the device or this process
             # cannot be trusted any more. A new process and another attempt can.
             log.exception("slot_broken", slot_id=self._info.id, request_id=run.work.request_id)
             os._exit(71)
+
+    def _run_host(self, run: _Run, emit: Emit) -> Outcome:
+        """On the worker's thread: every log line from here on carries the request's id."""
+        with structlog.contextvars.bound_contextvars(request_id=run.work.request_id):
+            return self._host.run(run.work, emit, lambda: run.cancelled)
 
     def _record(self, run: _Run, line: NewLog | None, outcome: Outcome | None) -> None:
         event = Event(seq=len(run.events) + 1, log=line, outcome=outcome)

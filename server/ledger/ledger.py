@@ -19,6 +19,7 @@ from server.ledger.states import (
     NewRequest,
     OutboxRow,
     Outcome,
+    QueueRow,
     RequestRow,
     SlotRow,
     State,
@@ -135,6 +136,14 @@ class Ledger:
         """How many requests wait."""
         return int(self._db.read("count_queued")[0][0])
 
+    async def open_requests(self) -> list[QueueRow]:
+        """What waits and runs, by endpoint and priority."""
+        return [QueueRow(*row) for row in await self._db.scan("open_requests")]
+
+    async def num_webhooks(self) -> int:
+        """How many webhooks are not delivered yet, and not given up."""
+        return int((await self._db.scan("count_outbox"))[0][0])
+
     async def request_cancel(self, request_id: str) -> CancelAnswer:
         """Cancel: at once while it waits, by asking the slot while it runs."""
 
@@ -210,12 +219,15 @@ class Ledger:
 
         return await self._db.write(write)
 
-    async def requeue(self, request_id: str, token: str) -> bool:
-        """Put a request whose attempt was lost back at its old place; one that was being cancelled ends instead."""
+    async def requeue(self, request_id: str, token: str, *, counts: bool = True) -> bool:
+        """Put a request whose attempt was lost back at its old place; one that was being cancelled ends instead.
+
+        The attempt counts unless it was us who ended it.
+        """
         now = self._clock()
 
         def write(db: Writer) -> bool:
-            if db.run("requeue", id=request_id, token_=token):
+            if db.run("requeue", id=request_id, token_=token, uncounted=0 if counts else 1):
                 return True
             found = db.rows("get", id=request_id)
             request = RequestRow(*found[0]) if found else None

@@ -26,6 +26,7 @@ from sqlalchemy import (
     null,
     or_,
     select,
+    union_all,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
@@ -109,6 +110,14 @@ STATEMENTS: dict[str, ClauseElement | Upsert] = {
     "running": select(*row).where(running_only).order_by(r.seq),
     "cancels": select(*row).where(running_only, r.cancel_requested).order_by(r.seq),
     "count_queued": select(func.count()).select_from(requests).where(queued_only),
+    "open_requests": union_all(
+        *(
+            select(r.endpoint, r.state, r.priority, func.count(), func.min(r.created))
+            .where(kind)
+            .group_by(r.endpoint, r.state, r.priority)
+            for kind in (queued_only, running_only)
+        )
+    ),
     "count_ahead": select(
         select(func.count())
         .select_from(requests)
@@ -139,7 +148,13 @@ STATEMENTS: dict[str, ClauseElement | Upsert] = {
     # IN_PROGRESS -> IN_QUEUE, at its old place since seq stays; it did start in time, so the deadline goes.
     "requeue": update(requests)
     .where(held, not_(r.cancel_requested))
-    .values(state=State.IN_QUEUE.value, slot=null(), token=null(), start_deadline=null()),
+    .values(
+        state=State.IN_QUEUE.value,
+        slot=null(),
+        token=null(),
+        start_deadline=null(),
+        attempt=r.attempt - bindparam("uncounted"),
+    ),
     # IN_PROGRESS -> COMPLETED, by the attempt that holds it.
     "complete": update(requests)
     .where(held)
@@ -189,6 +204,7 @@ STATEMENTS: dict[str, ClauseElement | Upsert] = {
     .where(outbox.c.next_try <= bindparam("now"))
     .order_by(outbox.c.next_try)
     .limit(bindparam("limit")),
+    "count_outbox": select(func.count()).select_from(outbox).where(outbox.c.next_try.is_not(None)),
     "outbox_delivered": update(outbox)
     .where(outbox.c.request_id == bindparam("id"))
     .values(next_try=null(), tries=outbox.c.tries + 1, last_status=bindparam("status"), delivered=bindparam("now")),

@@ -156,6 +156,17 @@ class RequestRow:
 
 
 @dataclass(frozen=True)
+class QueueRow:
+    """How many requests of a kind wait or run, and when the oldest of them came, Unix seconds."""
+
+    endpoint: str
+    state: str
+    priority: str
+    number: int
+    oldest: float
+
+
+@dataclass(frozen=True)
 class OutboxRow:
     """A webhook to deliver; its content is the request's outcome."""
 

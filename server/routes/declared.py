@@ -174,6 +174,8 @@ _READY = {
 IS_READY: Responses = {status: {"content": {JSON: {"schema": _READY}}} for status in (200, 503)}
 IS_READY[503]["description"] = "No slot can take a request."
 
+IS_METRICS = answers({"type": "string"}, "text/plain")
+
 # -- playground
 _FLAG = {"type": "boolean"}
 IS_FACTS = answers(

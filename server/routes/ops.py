@@ -7,8 +7,9 @@ from fastapi.responses import Response
 
 from server.errors import to_json
 from server.ledger import SlotRow
-from server.routes.declared import IS_READY, answers, texts
-from server.routes.dependencies import GatewayDep
+from server.metrics import CONTENT_TYPE, exposition
+from server.routes.declared import IS_METRICS, IS_READY, answers, texts
+from server.routes.dependencies import Caller, GatewayDep
 
 router = APIRouter(tags=["operation"])
 
@@ -26,6 +27,20 @@ async def ready(gateway: GatewayDep) -> Response:
     is_ready = await gateway.ledger.is_ready(since=gateway.opened)
     body = {"ready": is_ready, "slots": [_slot(slot) for slot in await gateway.ledger.slots()]}
     return Response(to_json(body), 200 if is_ready else 503, media_type="application/json")
+
+
+@router.get("/metrics", responses=IS_METRICS)
+async def metrics(gateway: GatewayDep, caller: Caller) -> Response:
+    """Figures for Prometheus: queue, slots, webhooks, and what the dispatcher counted; wants a key where there are."""
+    ledger = gateway.ledger
+    text = exposition(
+        await ledger.open_requests(),
+        await ledger.num_webhooks(),
+        await ledger.slots(),
+        is_ready=await ledger.is_ready(since=gateway.opened),
+        run_dir=gateway.settings.run_dir,
+    )
+    return Response(text, media_type=CONTENT_TYPE)
 
 
 def _slot(slot: SlotRow) -> dict[str, str]:

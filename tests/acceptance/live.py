@@ -58,18 +58,23 @@ class LiveServer:
             )
         self.wait_until_ready()
 
-    def wait_until_ready(self) -> None:
-        """Wait until `/ready` says 200."""
+    def wait_until_ready(self, status: int = 200) -> None:
+        """Wait until `/ready` says 200, or something else."""
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:
             assert self._process is not None and self._process.poll() is None, self.log.read_text()[-3000:]
             try:
-                if self.http.get(f"{self.url}/ready").status_code == 200:
+                if self.http.get(f"{self.url}/ready").status_code == status:
                     return
             except httpx2.TransportError:
                 pass
             time.sleep(0.05)
         raise AssertionError(f"not ready after {START_S} s: {self.log.read_text()[-3000:]}")
+
+    def wait_until_gone(self) -> int:
+        """Wait for the end of a server that was asked to stop; returns its exit status."""
+        assert self._process is not None
+        return self._process.wait(START_S)
 
     def stop(self) -> int:
         """Ask the server to end; returns its exit status."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
 import socket
+import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -326,6 +329,39 @@ def test_upload_in_parts(perform: Perform, paced: LiveServer) -> None:
         for chunk in served.iter_bytes():
             digest.update(chunk)
     assert digest.hexdigest() == answer.value["sha256"]
+
+
+def test_files_live_as_long_as_the_client_says(
+    perform: Perform, paced: LiveServer, picture: bytes, arguments: Arguments
+) -> None:
+    """`expiresIn` holds for an upload, and apart from it for the pictures of a request; readers are not restricted."""
+    wish = {"expiresIn": 3600, "initialAcl": {"default": "hide"}}
+
+    upload = perform("upload", file=file(picture, name="a.png", type="image/png"), lifecycle=wish)
+    run = perform("run", input=arguments(), storageSettings={"expiresIn": 7200})
+
+    lives = []
+    for url in (upload.value["url"], run.value["data"]["image"]["url"]):
+        with contextlib.closing(sqlite3.connect(paced.data / "ledger.sqlite3")) as ledger:
+            key = urlsplit(url).path.removeprefix("/files/")
+            lives += ledger.execute("SELECT expires FROM blobs WHERE key = ?", [key]).fetchall()
+        assert paced.http.get(url).status_code == 200
+    assert [round((expires - time.time()) / 3600) for (expires,) in lives] == [1, 2]
+
+
+def test_a_request_of_low_priority_waits_for_the_others(
+    perform: Perform, paced: LiveServer, arguments: Arguments, long: dict[str, Any]
+) -> None:
+    """Those of normal priority go before it, also when they come later."""
+    with paced.occupied(ENDPOINT, long):
+        low = perform("submit", input=arguments(), priority="low").value
+        before = perform("status", requestId=low["request_id"]).value
+        normal = perform("submit", input=arguments(), priority="normal").value
+        places = [perform("status", requestId=row["request_id"]).value for row in (low, normal)]
+        for row in (low, normal):
+            perform("cancel", requestId=row["request_id"])
+
+    assert [status["queue_position"] for status in (before, *places)] == [2, 3, 2]
 
 
 def test_files_inside_the_input(perform: Perform, paced: LiveServer, picture: bytes, arguments: Arguments) -> None:

@@ -321,6 +321,45 @@ def test_the_picture_of_an_attempt_that_died_unheard_is_deleted(play: Play) -> N
     play(story)
 
 
+@pytest.mark.parametrize("is_done_in_time", [True, False])
+def test_a_server_that_stops_waits_for_what_runs(play: Play, is_done_in_time: bool) -> None:
+    """Nothing new starts, readiness ends at once, what runs may end; what does not is queued again and not counted."""
+
+    async def story(scene: Scene) -> None:
+        serving = asyncio.create_task(scene.dispatcher.serve())
+        await scene.submit()
+        await until(lambda: bool(scene.engine.works))
+        await scene.submit("later")
+        token = scene.engine.works[0].token
+
+        serving.cancel()
+        await asyncio.sleep(0.2)
+        rows = await scene.ledger.slots()
+        if is_done_in_time:
+            await scene.engine.say(token, Event(seq=1, outcome=DONE))
+        await asyncio.gather(serving, return_exceptions=True)
+
+        assert [(row.state, row.detail) for row in rows] == [("down", "the server is stopping")]
+        assert len(scene.engine.works) == 1 and await scene.state("later") == ("IN_QUEUE", None, None)
+        row = await scene.ledger.get("r")
+        assert row is not None
+        if is_done_in_time:
+            assert await scene.state() == ("COMPLETED", 200, None)
+        else:
+            assert (row.state, row.attempt, row.token) == ("IN_QUEUE", 0, None)
+            assert "queued again" in (await scene.lines())[-1]
+
+    play(story, drain_s=30.0 if is_done_in_time else 1.0)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
+
+
 def test_cancelling_asks_the_slot_first_and_kills_it_late(play: Play) -> None:
     """A run that does not stop within its grace costs the slot; the request ends as cancelled, not queued again."""
 

@@ -128,9 +128,9 @@ def test_a_data_uri_of_many_megabytes_is_taken(client: TestClient) -> None:
 def test_an_internal_fault_says_nothing_of_itself(app_settings: Settings) -> None:
     """A fault of ours is a 500 in fal's form, with id and CORS headers, without particulars."""
     app = create_app(app_settings)
-    app.add_api_route("/metrics", _fault)
+    app.add_api_route("/docs", _fault)
     with TestClient(app, raise_server_exceptions=False) as client:
-        answer = client.get("/metrics")
+        answer = client.get("/docs")
 
     assert answer.status_code == 500
     assert answer.json() == {"detail": "Internal Server Error", "error_type": "internal_error"}

@@ -225,8 +225,8 @@ def test_each_slot_sees_its_own_gpu(settings: Settings) -> None:
     """A slot's process is shown one GPU, under the name `cuda`; the dispatcher knows every slot."""
     roles = plan_roles(settings, [SlotSpec(id="0", gpu="3"), SlotSpec(id="1", gpu="5")])
 
-    assert [role.name for role in roles] == ["gateway", "dispatcher", "slot-0", "slot-1"]
-    assert roles[1].argv[-2:] == ["--slots", "0,1"]
+    assert [role.name for role in roles] == ["dispatcher", "gateway", "slot-0", "slot-1"]
+    assert roles[0].argv[-2:] == ["--slots", "0,1"]
     assert [role.env["CUDA_VISIBLE_DEVICES"] for role in roles[2:]] == ["3", "5"]
 
 

@@ -91,8 +91,8 @@ const VERBS = {
   },
 
   /** Where a file was stored, and the digest of what was sent. */
-  async upload(fal, { file }) {
-    const url = await fal.storage.upload(file);
+  async upload(fal, { file, ...options }) {
+    const url = await fal.storage.upload(file, options);
     const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", await file.arrayBuffer()));
     return { url, sha256: Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("") };
   },
