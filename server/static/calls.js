@@ -37,8 +37,8 @@ function curl({ origin, endpoint, input, field, file, url, needsKey }) {
   const key = needsKey ? '     -H "Authorization: Key $FAL_KEY" \\\n' : "";
   const head = `curl ${origin}/${endpoint} \\\n${key}     -H "Content-Type: application/json" \\\n`;
   if (!file) return `${head}     -d ${quoted(JSON.stringify({ [field]: url ?? "https://…", ...input }, null, 2))}`;
-  const rest = JSON.stringify(input).slice(1, -1);
-  const before = quoted(`{${rest}${rest ? ", " : ""}"${field}": "data:${file.type || "image/png"};base64,`);
+  const rest = JSON.stringify(input, null, 2).slice(1, -1).trimEnd();
+  const before = quoted(`{${rest && `${rest},`}\n  "${field}": "data:${file.type || "image/png"};base64,`);
   return `printf %s ${before} \\\n  "$(base64 < ${quoted(fileName(file))} | tr -d '\\n')" '"}' |\n${head}     -d @-`;
 }
 

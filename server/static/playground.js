@@ -238,7 +238,8 @@ async function follow(watch) {
   const picture = pictureOf(result.data);
   remember(entry, { outcome: "done", result, width: picture?.width, height: picture?.height, seconds: watch.seconds });
   if (page.watch !== watch) return;
-  phase(`Done${watch.seconds ? ` in ${watch.seconds.toFixed(1)} s` : ""}`);
+  const { seconds } = watch;
+  phase(`Done${seconds ? ` in ${seconds < 100 ? `${seconds.toFixed(1)} s` : inTime(seconds)}` : ""}`);
   finish(watch);
   await showResult(entry);
   find("#comparison").scrollIntoView({ block: "nearest" });
@@ -346,7 +347,8 @@ function showLog(logs) {
   const isAtEnd = list.scrollTop + list.clientHeight >= list.scrollHeight - 8;
   const first = Date.parse(logs[0]?.timestamp);
   for (const { message, level, timestamp } of logs.slice(list.children.length)) {
-    const seconds = ((Date.parse(timestamp) - first) / 1000).toFixed(1);
+    const passed = (Date.parse(timestamp) - first) / 1000;
+    const seconds = passed.toFixed(passed < 100 ? 1 : 0);
     const mark = level === "WARN" || level === "ERROR" ? make("b", {}, level === "WARN" ? "note " : "error ") : null;
     list.append(make("li", { data: { level } }, make("time", {}, `${seconds} s`), make("span", {}, mark, message)));
   }
