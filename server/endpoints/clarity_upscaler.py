@@ -7,8 +7,8 @@
 | `upscale_factor`        | `scale`                         |
 | `enable_safety_checker` | `check_safety`                  |
 
-The other parameters have one name in both worlds. What the open program has beyond fal (`handfix`, `pattern`, `sharpen`,
-tile sizes) is, like every unknown field, accepted and named in a warning.
+The other parameters have one name in both worlds. What the open program has beyond fal (`handfix`, `pattern`,
+`sharpen`, tile sizes) is, like every unknown field, accepted and named in a warning.
 """
 
 from __future__ import annotations
