@@ -92,14 +92,14 @@ def encode_prompts(
         tokenizer: A `CLIPTokenizer`; not changed.
         text_encoder: A `CLIPTextModel`; not changed. One pass with a batch of `len(prompts)` per chunk.
         embeddings: Textual inversions, name to (num_vectors, dim); a name in a prompt, in any case and as a whole
-            word, becomes its vectors, which never straddle two chunks.
+            word, becomes its vectors. Up to 75 of them never straddle two chunks; more fill chunks of their own.
         clip_skip: How many of the last layers to leave out.
 
     Returns:
         (len(prompts), 77 · num_chunks, dim) in the dtype and on the device of the text encoder.
 
     Raises:
-        ValueError: a textual inversion does not fit the text encoder, or has more vectors than a chunk has tokens.
+        ValueError: a textual inversion does not fit the text encoder.
     """
     chunked = _cut_prompts(prompts, tokenizer, text_encoder, embeddings or {})
     _even_out(chunked)
@@ -214,10 +214,9 @@ def _append_text(spans: list[Span], text: str, active: Mapping[int, float]) -> N
 
 
 def _checked_vectors(name: str, vectors: Tensor, dim: int) -> Tensor:
-    if vectors.ndim != 2 or vectors.shape[1] != dim or not 1 <= len(vectors) <= CHUNK_TOKENS:
+    if vectors.ndim != 2 or vectors.shape[1] != dim or len(vectors) == 0:
         raise ValueError(
-            f"The embedding {name!r} has the shape {tuple(vectors.shape)}; expected 1 to {CHUNK_TOKENS} vectors of "
-            f"{dim} numbers."
+            f"The embedding {name!r} has the shape {tuple(vectors.shape)}; expected vectors of {dim} numbers."
         )
     return vectors
 
@@ -245,7 +244,8 @@ def _tokens(text: str, tokenizer: Any, vectors: Mapping[str, Tensor]) -> Iterato
     for index, part in enumerate(parts):
         if index % 2:
             # A placeholder that occurs nowhere else; encoders pool at the first end token, so not that one.
-            yield tokenizer.bos_token_id, vectors[part.lower()]
+            for piece in vectors[part.lower()].split(CHUNK_TOKENS):
+                yield tokenizer.bos_token_id, piece
         elif part.strip():
             for token in tokenizer(part, add_special_tokens=False, truncation=False, verbose=False).input_ids:
                 yield token, None

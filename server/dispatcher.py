@@ -66,6 +66,12 @@ class _Run:
     cancelled_at: float | None = None
 
 
+def kind_of(row: RequestRow) -> str:
+    """Which models a request needs, by a name that such requests share."""
+    job = row.job or {}
+    return str(job.get("kind", job.get("pipeline", "")))
+
+
 class Dispatcher:
     """The loop; see `step`."""
 
@@ -202,8 +208,9 @@ class Dispatcher:
             Waiting(request_id=row.id, pipeline=(row.job or {})["pipeline"], waited_s=now - row.created)
             for row in rows.values()
         ]
+        kinds = tuple(sorted({kind_of(row) for row in rows.values()}))
         for request_id, slot_id in place(queued, places):
-            await self._start(rows[request_id], slot_id)
+            await self._start(rows[request_id], slot_id, kinds)
 
     def _as_place(self, info: SlotInfo) -> Place:
         started = [run.started for run in self._runs.values() if run.slot_id == info.id]
@@ -211,12 +218,12 @@ class Dispatcher:
         left_s = self._mean_s - (time.monotonic() - min(started, default=0.0))
         return Place(slot_id=info.id, hot=info.hot, busy_s=0.0 if is_free else max(1.0, left_s))
 
-    async def _start(self, row: RequestRow, slot_id: str) -> None:
+    async def _start(self, row: RequestRow, slot_id: str, queued: tuple[str, ...]) -> None:
         token = uuid.uuid4().hex
         if await self._ledger.claim(row.id, slot_id, token):
             self._metrics.started(row)
             log.info("run_started", request_id=row.id, endpoint=row.endpoint, slot_id=slot_id, attempt=row.attempt + 1)
-            work = Work(request_id=row.id, endpoint=row.endpoint, token=token, job=row.job or {})
+            work = Work(request_id=row.id, endpoint=row.endpoint, token=token, job=row.job or {}, queued=queued)
             self._follow(_Run(row.id, row.endpoint, slot_id, token), self._engine.run(slot_id, work))
             self._tell_gateway()
 

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -55,7 +55,14 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def _pairs(value: Any) -> Any:
+    if not isinstance(value, str) or value.lstrip().startswith("{"):
+        return json.loads(value) if isinstance(value, str) else value
+    return dict(part.split("=", 1) for part in _split(value))
+
+
 Names = Annotated[list[str], NoDecode, BeforeValidator(_split)]
+Secrets = Annotated[dict[str, SecretStr], NoDecode, BeforeValidator(_pairs)]
 Folder = Annotated[Path, AfterValidator(_absolute)]
 BaseURL = Annotated[str, AfterValidator(_without_slash)]
 
@@ -88,6 +95,19 @@ class Settings(BaseSettings):
     weights_dir: Folder | None = Field(
         None, description="Folder of the full weights; else `weights/full` in the data folder."
     )
+    flux_profile: Literal["auto", "flux1-dev", "flux2-klein-4b"] = Field(
+        "auto",
+        description="Full models of flux-vision-upscaler; auto is flux1-dev where its license is accepted, else klein.",
+    )
+    accept_flux1_dev_license: bool = Field(
+        False, description="You have read and accept the FLUX.1 [dev] Non-Commercial License of flux1-dev's models."
+    )
+    device_memory_gb: float | None = Field(
+        None, gt=0, description="GB of 2^30 bytes for models on a device; else 70 % of a GPU, half of a CPU's memory."
+    )
+    host_memory_gb: float | None = Field(
+        None, ge=0, description="GB of 2^30 bytes in host memory for models off their GPU; else a quarter of it."
+    )
     slots: int | Literal["auto"] = Field("auto", description="Slots to run; auto is one per GPU, one on a CPU.")
     max_attempts: int = Field(3, ge=1, description="Times a request is tried when its slot dies under it.")
     cancel_grace_s: float = Field(30.0, gt=0, description="Seconds a slot has to stop before it is killed.")
@@ -102,12 +122,34 @@ class Settings(BaseSettings):
     max_output_mp: float = Field(64.0, gt=0, description="Largest result, megapixels of 10^6.")
     max_large_input_mp: float = Field(128.0, gt=0, description="Largest input with override_size_limits, megapixels.")
     max_large_output_mp: float = Field(512.0, gt=0, description="Largest result with override_size_limits, megapixels.")
+    max_crystal_output_mp: float = Field(100.0, gt=0, description="Largest result of crystal-upscaler, megapixels.")
+    clarity_loras: Names = Field(
+        default_factory=list,
+        description="Detail LoRAs of clarity-upscaler, each a safetensors file or `file:weight`.",
+    )
 
     fetch_allow_hosts: Names = Field(
         default_factory=list,
         description="Hosts (`host` or `host:port`) fetched from although their address is private.",
     )
     fetch_timeout_s: float = Field(60.0, gt=0, description="Seconds that fetching an input may take in all.")
+    fetch_tokens: Secrets = Field(
+        default_factory=dict,
+        description="Tokens for gated weights, `host=token,host=token`; a token is shown to exactly its host.",
+    )
+    hub_url: BaseURL | None = Field(
+        None, description="Model hub of base models; else HF_ENDPOINT, else https://huggingface.co."
+    )
+    max_weights_mb: float = Field(
+        16384.0, gt=0, description="Largest LoRA, embedding or base model fetched by URL, MB of 2^20 bytes."
+    )
+    weights_timeout_s: float = Field(1800.0, gt=0, description="Seconds that fetching a file of weights may take.")
+    weights_cache_gb: float = Field(
+        50.0, gt=0, description="GB of 2^30 bytes for fetched weights on disk; the least recently used go first."
+    )
+    allow_pickles: bool = Field(
+        False, description="Accept .pt, .ckpt and .bin files of weights; each is converted in a process of its own."
+    )
     storage_url: str | None = Field(
         None, description="Blob store, e.g. s3://bucket/prefix; else `files` in the data folder."
     )
@@ -155,6 +197,23 @@ class Settings(BaseSettings):
             raise ValueError(f"{given} is of no use without {missing}: set both, or neither for a certificate of ours")
         return self
 
+    @model_validator(mode="after")
+    def _check_license(self) -> Settings:
+        if self.flux_profile == "flux1-dev" and not self.accept_flux1_dev_license:
+            raise ValueError(
+                "flux_profile flux1-dev is FLUX.1-dev with an upscaler ControlNet, both under the FLUX.1 [dev] "
+                "Non-Commercial License: read it on the models' pages and set accept_flux1_dev_license "
+                "(UPSCALER_ACCEPT_FLUX1_DEV_LICENSE=true), or set flux_profile to flux2-klein-4b (Apache-2.0)"
+            )
+        return self
+
+    @property
+    def full_flux_profile(self) -> str:
+        """The models of flux-vision-upscaler in the full set."""
+        if self.flux_profile != "auto":
+            return self.flux_profile
+        return "flux1-dev" if self.accept_flux1_dev_license else "flux2-klein-4b"
+
     @property
     def may_call_private(self) -> bool:
         """Whether webhooks may go to private addresses: strangers must not reach the operator's network through us."""
@@ -173,6 +232,21 @@ class Settings(BaseSettings):
     def full_weights_dir(self) -> Path:
         """Where the full set of weights lies."""
         return self.weights_dir or self.data / "weights" / "full"
+
+    @property
+    def fetched_weights_dir(self) -> Path:
+        """Where weights that callers name by URL are kept."""
+        return self.data / "weights" / "fetched"
+
+    @property
+    def base_models_dir(self) -> Path:
+        """Where the operator puts base models that callers may name."""
+        return self.data / "weights" / "base"
+
+    @property
+    def hub(self) -> str:
+        """The model hub."""
+        return self.hub_url or _without_slash(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
 
     @property
     def ledger_path(self) -> Path:

@@ -11,8 +11,9 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import structlog
 
@@ -22,6 +23,7 @@ from pipelines.errors import (
     ImageTooLarge,
     ImageTooSmall,
     InvalidParams,
+    ModelsMissing,
     NonFiniteResult,
     UnsupportedImageFormat,
 )
@@ -35,7 +37,13 @@ from server.ledger.ledger import CANCELLED
 from server.ledger.states import NewLog, Outcome
 from server.settings import Settings
 from server.storage import Storage, output_key
+from server.weight_files import FileRefused, WeightFiles
+from weights.fetch import FileTooLarge as WeightsTooLarge
 from weights.store import WeightStore, open_store
+
+if TYPE_CHECKING:
+    from pipelines.models import Models
+    from pipelines.planning import Limits
 
 STEP_LINES_S = 0.1
 SIGN_S = 60.0  # a run that works without steps says so this often; a silent one is taken for stuck
@@ -64,31 +72,110 @@ class Rendered(Protocol):
 Render = Callable[[bytes, Mapping[str, Any], BinaryIO, Progress], Rendered]
 """A loaded pipeline: encoded input, parameters by name, where the PNG goes, whom to tell."""
 
-Load = Callable[[WeightStore, str, Settings], Render]
-"""Brings a pipeline onto a device."""
+Load = Callable[[Callable[[], "Models"], str, Settings], Render]
+"""Makes a pipeline of the models of one set of weights on one device; torch is imported when it asks for them."""
 
 
-def load_creative_upscaler(store: WeightStore, device: str, settings: Settings) -> Render:
-    """Load the creative upscaler; takes the time that importing torch and reading the weights takes."""
-    from transformers.utils import logging as transformers_logging
-
+def load_creative_upscaler(open_models: Callable[[], Models], device: str, settings: Settings) -> Render:
+    """Load what a request with fal's defaults needs; other models come when they are wanted."""
     from pipelines.creative_upscaler import CreativeUpscaler, Params
-    from pipelines.planning import Limits
 
-    transformers_logging.disable_progress_bar()  # its bars would run through our log and our own bars
-    pipeline = CreativeUpscaler.load(store, device=device)
-    limits = Limits(
-        max_input_pixels=int(settings.max_input_mp * 1e6),
-        max_output_pixels=int(settings.max_output_mp * 1e6),
-        max_large_input_pixels=int(settings.max_large_input_mp * 1e6),
-        max_large_output_pixels=int(settings.max_large_output_mp * 1e6),
-    )
+    models = open_models()
+    pipeline = CreativeUpscaler(models, weights=models.description)
+    pipeline.warm_up()
+    limits = limits_of(settings)
     return lambda image, params, output, progress: pipeline(
         image, Params(**params), limits=limits, output=output, progress=progress
     )
 
 
-PIPELINES: Mapping[str, Load] = {"creative_upscaler": load_creative_upscaler}
+def load_flux_vision_upscaler(open_models: Callable[[], Models], device: str, settings: Settings) -> Render:
+    """Load nothing: the first request brings the models, and those of other endpoints may stay."""
+    from pipelines.flux_vision_upscaler import FluxVisionUpscaler, Params
+
+    models = open_models()
+    profile = "pocket" if models.store.name == "pocket" else settings.full_flux_profile
+    pipeline = FluxVisionUpscaler(models, profile, weights=models.description)
+    limits = limits_of(settings)
+    return lambda image, params, output, progress: pipeline(
+        image, Params(**params), limits=limits, output=output, progress=progress
+    )
+
+
+def load_clarity_upscaler(open_models: Callable[[], Models], device: str, settings: Settings) -> Render:
+    """The models come when the first request wants them."""
+    from pipelines.clarity_upscaler import ClarityUpscaler, DetailLora, Params
+
+    models = open_models()
+    loras = [DetailLora.at(*path_and_weight(text)) for text in settings.clarity_loras]
+    pipeline = ClarityUpscaler(models, weights=models.description, loras=loras)
+    limits = limits_of(settings)
+    return lambda image, params, output, progress: pipeline(
+        image, Params(**params), limits=limits, output=output, progress=progress
+    )
+
+
+def path_and_weight(text: str) -> tuple[Path, float]:
+    """The two parts of `file:weight`; the weight is 1 where there is none."""
+    path, _, weight = text.rpartition(":")
+    try:
+        return Path(path).expanduser(), float(weight)
+    except ValueError:
+        return Path(text).expanduser(), 1.0
+
+
+def load_crystal_upscaler(open_models: Callable[[], Models], device: str, settings: Settings) -> Render:
+    """The models come when the first request wants them."""
+    from pipelines.crystal_upscaler import CrystalUpscaler, Params
+
+    models = open_models()
+    pipeline = CrystalUpscaler(models, weights=models.description)
+    limits = replace(limits_of(settings), max_output_pixels=int(settings.max_crystal_output_mp * 1e6))
+    return lambda image, params, output, progress: pipeline(
+        image, Params(**params), limits=limits, output=output, progress=progress
+    )
+
+
+def limits_of(settings: Settings) -> Limits:
+    """The sizes of pictures that are accepted."""
+    from pipelines.planning import Limits
+
+    return Limits(
+        max_input_pixels=int(settings.max_input_mp * 1e6),
+        max_output_pixels=int(settings.max_output_mp * 1e6),
+        max_large_input_pixels=int(settings.max_large_input_mp * 1e6),
+        max_large_output_pixels=int(settings.max_large_output_mp * 1e6),
+    )
+
+
+def models_of(store: WeightStore, device: str, settings: Settings) -> Models:
+    """The models of a set of weights, kept within the settings' budgets; nothing is loaded yet, but torch."""
+    import psutil
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from pipelines.models import Models
+    from pipelines.residency import Residency
+
+    transformers_logging.disable_progress_bar()  # its bars would run through our log and our own bars
+    memory = psutil.virtual_memory().total
+    on_device, on_host = memory // 2, 0
+    if device.startswith("cuda"):
+        on_device, on_host = int(0.7 * torch.cuda.get_device_properties(device).total_memory), memory // 4
+    if settings.device_memory_gb is not None:
+        on_device = int(settings.device_memory_gb * 2**30)
+    if settings.host_memory_gb is not None:
+        on_host = int(settings.host_memory_gb * 2**30)
+    target = torch.device(device)
+    return Models(store, target, Residency(target, device_bytes=on_device, host_bytes=on_host))
+
+
+PIPELINES: Mapping[str, Load] = {
+    "creative_upscaler": load_creative_upscaler,
+    "clarity_upscaler": load_clarity_upscaler,
+    "crystal_upscaler": load_crystal_upscaler,
+    "flux_vision_upscaler": load_flux_vision_upscaler,
+}
 
 
 class SlotHost:
@@ -106,6 +193,8 @@ class SlotHost:
         self.device, self.weights, self.detail = device, "", device
         self._settings, self._storage, self._scratch, self._loaders = settings, storage, scratch, pipelines
         self._pipelines: dict[str, Render] = {}
+        self._models: Models | None = None
+        self._files = WeightFiles(settings, storage)
         self._fetcher = Fetcher(
             guarded_client(Reach.naming(settings.fetch_allow_hosts)),
             max_bytes=int(settings.max_download_mb * 2**20),
@@ -124,7 +213,13 @@ class SlotHost:
         store = open_store(
             self._settings.weights, root=self._settings.full_weights_dir, has_cuda=self.device.startswith("cuda")
         )
-        self._pipelines = {name: load(store, self.device, self._settings) for name, load in self._loaders.items()}
+
+        def models() -> Models:
+            if self._models is None:
+                self._models = models_of(store, self.device, self._settings)
+            return self._models
+
+        self._pipelines = {name: load(models, self.device, self._settings) for name, load in self._loaders.items()}
         self.weights, self.detail = store.name, describe(self.device)
         log.info(
             "pipelines_loaded",
@@ -141,10 +236,12 @@ class SlotHost:
             Exception: The device reported a fault of its own; neither it nor this process can be trusted any more.
         """
         diary = Diary(emit, is_cancelled)
+        if self._models is not None:
+            self._models.expect(work.queued)
         try:
             return self._run(work, diary)
         except Exception as error:
-            outcome = outcome_of(error)
+            outcome = outcome_of(error, work.job.get("fields", {}))
             if outcome is not None:
                 return outcome
             if is_device_fault(error):
@@ -170,6 +267,8 @@ class SlotHost:
             "width": rendered.width,
             "height": rendered.height,
             "seed": rendered.seed,
+            "timings": rendered.timings,
+            "caption": getattr(rendered, "caption", ""),
         }
         return Outcome(
             status=200,
@@ -180,8 +279,19 @@ class SlotHost:
         )
 
     def render(self, job: Mapping[str, Any], image: bytes, output: BinaryIO, progress: Progress) -> Rendered:
-        """Make the picture of a job from its input's bytes, as PNG in `output`."""
-        return self._pipelines[job["pipeline"]](image, job["params"], output, progress)
+        """Make the picture of a job from its input's bytes, as PNG in `output`.
+
+        Raises:
+            FileRefused: A file of weights that the job names cannot be used.
+            PipelineError: The picture could not be made.
+        """
+        params = dict(job["params"])
+        if files := job.get("files"):
+            progress(Report(stage="download", message=f"fetching the weights of {', '.join(files)}"))
+            params |= self._files.get(files, params["family"], lambda: progress(Report(stage="download")))
+        kind = job.get("kind", job["pipeline"])
+        with contextlib.nullcontext() if self._models is None else self._models.request(kind):
+            return self._pipelines[job["pipeline"]](image, params, output, progress)
 
 
 @contextlib.contextmanager
@@ -252,18 +362,33 @@ FAULTS: Sequence[tuple[type[Exception], str, Callable[[Any], dict[str, Any]]]] =
 """What can be wrong with the input picture: exception, fal's type, fal's `ctx`."""
 
 
-def outcome_of(error: Exception) -> Outcome | None:
-    """How a request ends that raised this; None for what is not a fault of the request."""
+def outcome_of(error: Exception, fields: Mapping[str, str] | None = None) -> Outcome | None:
+    """How a request ends that raised this; None for what is not a fault of the request.
+
+    `fields` are fal's names of parameters, where they differ from the pipeline's.
+    """
     if isinstance(error, Cancelled):
         return CANCELLED
     if isinstance(error, InvalidParams):
-        return model_error("value_error", str(error), loc=("body", error.field))
-    if isinstance(error, NonFiniteResult):
+        return model_error("value_error", str(error), loc=("body", (fields or {}).get(error.field, error.field)))
+    if isinstance(error, FileRefused):
+        loc = ("body", (fields or {}).get(error.parameter, error.parameter))
+        return outcome_of_file(error.__cause__, loc)
+    if isinstance(error, NonFiniteResult | ModelsMissing):
         return model_error("internal_server_error", str(error))
     for kind, type, ctx in FAULTS:
         if isinstance(error, kind):
             return model_error(type, str(error), loc=("body", "image_url"), ctx=ctx(error))
     return None
+
+
+def outcome_of_file(cause: BaseException | None, loc: tuple[str, str]) -> Outcome:
+    """How a request ends whose file of weights is at fault."""
+    if isinstance(cause, WeightsTooLarge):
+        return model_error("file_too_large", str(cause), loc=loc, ctx={"max_size": cause.max_bytes})
+    if isinstance(cause, DownloadFailed):
+        return model_error("file_download_error", str(cause), loc=loc)
+    return model_error("value_error", f"The file {cause}.", loc=loc)
 
 
 def is_device_fault(error: Exception) -> bool:

@@ -13,7 +13,7 @@ import mimetypes
 import os
 import re
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -32,7 +32,8 @@ PUBLIC = ("out/", "up/")
 
 CHUNK_BYTES = 2**20  # what is read at once; each chunk costs a change of threads
 MAX_NAME = 80
-TOKEN_BYTES = 15  # of a key's random part: 20 letters without padding
+TOKEN_BYTES = 15
+TOKEN_LETTERS = TOKEN_BYTES * 4 // 3
 # What pictures are called; the system's own table differs from machine to machine.
 CONTENT_TYPES = {
     ".png": "image/png",
@@ -120,6 +121,12 @@ def _secret_key(kind: str, secret: bytes, name: str) -> str:
     return f"{kind}/{secret[:1].hex()}/{token}_{safe_name(name)}"
 
 
+def file_name_of(key: str) -> str:
+    """The name with which a file was uploaded or made."""
+    name = key.rpartition("/")[2]
+    return name[TOKEN_LETTERS + 1 :] if key.startswith(PUBLIC) else name
+
+
 def is_key(text: str) -> bool:
     """Whether a text can be a key."""
     return KEY.fullmatch(text) is not None
@@ -185,6 +192,11 @@ class Storage:
     def read(self, key: str) -> bytes:
         """All bytes of a file, on the calling thread; raises FileNotFoundError."""
         return bytes(self._store.get(_checked(key)).bytes())
+
+    def chunks(self, key: str) -> tuple[int, Iterator[bytes]]:
+        """Size and chunks of a file, on the calling thread; raises FileNotFoundError."""
+        found = self._store.get(_checked(key))
+        return found.meta["size"], (bytes(chunk) for chunk in found.stream(min_chunk_size=CHUNK_BYTES))
 
     def write_file(self, key: str, path: Path) -> None:
         """Store a copy of a file, on the calling thread."""

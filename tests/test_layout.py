@@ -109,7 +109,7 @@ def settings_rows() -> list[str]:
     rows = []
     for name, field in Settings.model_fields.items():
         default = field.get_default(call_default_factory=True, validated_data={})
-        shown = "–" if default in (None, [], "") else default
+        shown = "–" if default in (None, [], {}, "") else default
         rows.append(f"| `UPSCALER_{name.upper()}` | {shown} | {field.description} |")
     return rows
 

@@ -72,9 +72,8 @@ UNSUPPORTED_ADAPTERS = (
 _FAMILIES = (
     _Sign(r"(^|[._])(double_blocks|single_transformer_blocks)[._]", "FLUX"),
     _Sign(r"(^|[._])joint_(transformer_)?blocks[._]", "Stable Diffusion 3"),
-    _Sign(
-        r"^conditioner\.embedders\.1\.|^clip_g$|^lora_te2_|^text_encoder_2\.|label_emb[._]|add_embedding[._]", "SDXL"
-    ),
+    _Sign(r"^conditioner\.embedders\.1\.|^clip_g$|^lora_te2_|^text_encoder_2\.", "SDXL"),
+    _Sign(r"label_emb[._]|add_embedding[._]linear_", "SDXL"),
     _Sign(r"^conditioner\.embedders\.0\.model\.", "the SDXL refiner"),
     _Sign(r"^cond_stage_model\.model\.", "Stable Diffusion 2"),
 )

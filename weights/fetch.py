@@ -87,6 +87,16 @@ class _Entry:
     checked_at: float
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """A URL, and what its caller wants to be asked."""
+
+    url: str
+    check: Callable[[Path], object]
+    sniff: Callable[[bytes], None]
+    poll: Poll
+
+
 class WeightCache:
     """Files of weights by URL; safe to use from several threads and processes.
 
@@ -121,13 +131,21 @@ class WeightCache:
                 if time.time() - file.stat().st_mtime > PARTIAL_S:
                     file.unlink()
 
-    def fetch(self, url: str, check: Callable[[Path], object], poll: Poll = lambda: None) -> WeightFile:
+    def fetch(
+        self,
+        url: str,
+        check: Callable[[Path], object],
+        poll: Poll = lambda: None,
+        *,
+        sniff: Callable[[bytes], None] = sniff,
+    ) -> WeightFile:
         """The file behind a URL, from disk when it is the same as before.
 
         Args:
             url: As the caller gave it; never written anywhere.
             check: Raises `UnsuitableFile` for a file that must not be kept.
             poll: Called now and then while others are waited for; may raise to stop, and what came so far is kept.
+            sniff: Raises `UnsuitableFile` by a file's first bytes, so that the rest need not be waited for.
 
         Raises:
             UnsuitableFile: The file is not what was asked for; nothing of it is kept.
@@ -138,19 +156,19 @@ class WeightCache:
         with self._only_one(key, poll):
             entry = self._entry(key)
             if entry is None or time.time() - entry.checked_at > self._fresh_s:
-                entry = self._renewed(url, key, entry, check, poll)
+                entry = self._renewed(_Wanted(url, check, sniff, poll), key, entry)
             path = self._blob(entry.sha256)
             check(path)
             os.utime(path)  # the time of its last use decides what goes first
             return WeightFile(path=path, name=entry.name, sha256=entry.sha256)
 
-    def _renewed(self, url: str, key: str, entry: _Entry | None, check: Callable[[Path], object], poll: Poll) -> _Entry:
+    def _renewed(self, wanted: _Wanted, key: str, entry: _Entry | None) -> _Entry:
         """Ask the other server whether the file is still the same, and download it if not."""
         partial = self._folder / "partial" / key
         try:
-            entry = self._download(url, partial, entry, poll)
+            entry = self._download(wanted, partial, entry)
             if partial.exists():
-                entry = self._kept(partial, entry, check)
+                entry = self._kept(partial, entry, wanted.check)
         except (UnsuitableFile, FileTooLarge):
             _forget(partial)
             raise
@@ -161,21 +179,21 @@ class WeightCache:
         _write(self._folder / "index" / key, asdict(entry))
         return entry
 
-    def _download(self, url: str, partial: Path, entry: _Entry | None, poll: Poll) -> _Entry:
+    def _download(self, wanted: _Wanted, partial: Path, entry: _Entry | None) -> _Entry:
         """Complete the partial file, or leave none when the file is the same as before; as far as it is known then."""
         for attempt in range(MAX_TRIES):
             before = _size(partial)
             try:
-                with self._open(url, _headers(partial, entry), poll) as answer:
+                with self._open(wanted.url, _headers(partial, entry), wanted.poll) as answer:
                     if answer.status_code == 304 and entry is not None:
                         return replace(entry, checked_at=time.time())
                     if answer.status_code == 416:
                         _forget(partial)
                         continue
-                    self._receive(answer, partial, poll)
+                    self._receive(answer, partial, wanted)
                     return _Entry(
                         sha256="",
-                        name=_name(url, answer.headers),
+                        name=_name(wanted.url, answer.headers),
                         etag=answer.headers.get("etag", ""),
                         modified=answer.headers.get("last-modified", ""),
                         checked_at=time.time(),
@@ -185,7 +203,7 @@ class WeightCache:
                     raise
         raise UnsuitableFile("could not be downloaded: its server contradicts itself about its length")
 
-    def _receive(self, answer: Answer, partial: Path, poll: Poll) -> None:
+    def _receive(self, answer: Answer, partial: Path, wanted: _Wanted) -> None:
         """Write what arrives; what is there is kept only if the other server agrees that it is the beginning."""
         if answer.headers.get("content-encoding", "identity") != "identity":
             raise UnsuitableFile("came compressed for the way, which files of weights must not")
@@ -206,19 +224,16 @@ class WeightCache:
         received = _size(partial) if resumed else 0
         with partial.open("ab" if resumed else "wb") as file:
             for chunk in answer.iter_raw():
-                poll()
-                if received == 0 and len(chunk) >= SNIFF_BYTES:
-                    self._sniff(chunk[:SNIFF_BYTES])
+                wanted.poll()
+                head = chunk[:SNIFF_BYTES] if received == 0 else b""
+                if len(head) == SNIFF_BYTES and not (self._convert is not None and is_pickle(head)):
+                    wanted.sniff(head)
                 received += len(chunk)
                 if received > self._max_bytes:
                     raise FileTooLarge(self._max_bytes)
                 file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
-
-    def _sniff(self, head: bytes) -> None:
-        if self._convert is None or not is_pickle(head):
-            sniff(head)
 
     def _kept(self, partial: Path, entry: _Entry, check: Callable[[Path], object]) -> _Entry:
         """Check a complete file and move it to where files are kept."""

@@ -5,7 +5,12 @@
 | `creativity`           | `strength`                      |
 | `shape_preservation`   | `controlnet_conditioning_scale` |
 | `override_size_limits` | `allow_large`                   |
-| `prompt_suffix`        | end of `prompt`                 |
+| `model_type`           | `family`                        |
+| `skip_ccsr`            | not `restore`                   |
+| `enable_safety_checks` | `check_safety`                  |
+| `base_model_url`       | `base_model`                    |
+| `additional_lora_*`    | `lora`, `lora_scale`            |
+| `additional_embedding_url` | `embedding`                 |
 
 The other parameters have one name in both worlds.
 """
@@ -20,15 +25,18 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from server.endpoints.endpoint import Endpoint, Job
 from server.endpoints.fields import Prompt, Seed, Text
-from server.errors import detail_item
 from server.schemas import BLOB, Image
 
 NEGATIVE_PROMPT = (
     "blurry, low resolution, bad, ugly, low quality, pixelated, interpolated, compression artifacts, noisey, grainy"
 )
-NO_CAPTIONER = "no captioner in this weight set: the prompt is prompt_suffix alone; pass a prompt for a better picture"
-NO_SAFETY_CHECKER = "no safety checker in this weight set: the picture was not checked"
-NO_CCSR = "CCSR is not part of this weight set: the pre-upscaler is used in its place"
+FIELDS = {
+    "family": "model_type",
+    "base_model": "base_model_url",
+    "lora": "additional_lora_url",
+    "embedding": "additional_embedding_url",
+}
+"""Parameters whose values can turn out to be of no use only where the models are."""
 
 
 class CreativeUpscalerInput(BaseModel):
@@ -130,32 +138,20 @@ class CreativeUpscalerOutput(BaseModel):
     )
 
 
-def unsupported(parsed: CreativeUpscalerInput) -> list[dict[str, Any]]:
-    """What fal offers and this server refuses rather than ignores."""
-    asked = {
-        "model_type": parsed.model_type if parsed.model_type != "SD_1_5" else None,
-        "base_model_url": parsed.base_model_url,
-        "additional_lora_url": parsed.additional_lora_url,
-        "additional_embedding_url": parsed.additional_embedding_url,
-    }
-    return [
-        detail_item(
-            "feature_not_supported",
-            f"{name} {value[:100]!r} is not supported by this server yet; leave {name} out",
-            loc=("body", name),
-            input=value,
-        )
-        for name, value in asked.items()
-        if value is not None
-    ]
-
-
 def translate(parsed: CreativeUpscalerInput) -> Job:
     """The job for the pipeline; a seed is drawn here, so that every attempt makes the same picture."""
+    files = {
+        "base_model": parsed.base_model_url,
+        "lora": parsed.additional_lora_url,
+        "embedding": parsed.additional_embedding_url,
+    }
     return {
         "pipeline": "creative_upscaler",
+        "kind": f"creative_upscaler {parsed.model_type}",
         "params": {
-            "prompt": (parsed.prompt + parsed.prompt_suffix) if parsed.prompt else parsed.prompt_suffix.strip(),
+            "family": parsed.model_type,
+            "prompt": parsed.prompt or "",
+            "prompt_suffix": parsed.prompt_suffix,
             "negative_prompt": parsed.negative_prompt,
             "scale": float(parsed.scale),
             "strength": float(parsed.creativity),
@@ -165,17 +161,14 @@ def translate(parsed: CreativeUpscalerInput) -> Job:
             "num_inference_steps": parsed.num_inference_steps,
             "seed": parsed.seed if parsed.seed is not None else secrets.randbelow(2**32),
             "allow_large": parsed.override_size_limits,
+            "restore": not parsed.skip_ccsr,
+            "check_safety": parsed.enable_safety_checks,
+            "lora_scale": float(parsed.additional_lora_scale),
         },
         "image": parsed.image_url,
-        "warnings": [
-            line
-            for line, applies in (
-                (NO_CAPTIONER, not parsed.prompt),
-                (NO_SAFETY_CHECKER, parsed.enable_safety_checks),
-                (NO_CCSR, not parsed.skip_ccsr),
-            )
-            if applies
-        ],
+        "files": {name: url for name, url in files.items() if url},
+        "fields": dict(FIELDS),
+        "warnings": [],
     }
 
 
@@ -201,7 +194,7 @@ CREATIVE_UPSCALER = Endpoint(
     category="image-to-image",
     input_model=CreativeUpscalerInput,
     output_model=CreativeUpscalerOutput,
-    unsupported=unsupported,
+    unsupported=lambda parsed: [],
     translate=translate,
     output=output,
 )

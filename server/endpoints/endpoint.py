@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypedDict, TypeVar
+from typing import Any, Generic, NotRequired, TypedDict, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -17,13 +17,18 @@ class Job(TypedDict):
     """What a slot is to do, in JSON types.
 
     `pipeline` names the recipe, `params` are its parameters under its own names, `image` is a URL or `blob:<key>`,
-    `warnings` are lines for the request's log.
+    `warnings` are lines for the request's log. `kind` names requests that need the same models, the pipeline's name
+    unless given. `files` are weights that the caller wants, by parameter: a URL, `blob:<key>`, or a name. `fields`
+    says what parameters are called in fal's words, where that differs and a fault can show later.
     """
 
     pipeline: str
     params: dict[str, Any]
     image: str
     warnings: list[str]
+    kind: NotRequired[str]
+    files: NotRequired[dict[str, str]]
+    fields: NotRequired[dict[str, str]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,12 +48,16 @@ class SlotInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """One attempt at one request; `token` fences it against every other attempt."""
+    """One attempt at one request; `token` fences it against every other attempt.
+
+    `queued` names the kinds of requests that wait: models that they need are worth keeping.
+    """
 
     request_id: str
     endpoint: str
     token: str
     job: dict[str, Any]
+    queued: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON types; `Work(**...)` reads it."""

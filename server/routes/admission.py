@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,8 @@ from server.storage import is_public
 FOREVER_S = 100 * 365 * 86400.0
 MAX_NAMED_FIELDS = 20
 MAX_URL = 8192  # characters; longer than what web servers take
+BASE_MODEL = "base_model_url"
+MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 LIFECYCLE = "x-fal-object-lifecycle-preference"
 
 
@@ -45,14 +48,18 @@ async def admit(call: Call, payload: Any, *, webhook_url: str | None = None) -> 
     )
     try:
         job = call.endpoint.job(call.endpoint.parse(payload))
-        reference = await place_image(call.gateway, job["image"], call.base)
+        reference = await place_input(call.gateway, job["image"], call.base, "image_url")
+        files = {
+            parameter: await place_input(call.gateway, url, call.base, job.get("fields", {}).get(parameter, parameter))
+            for parameter, url in job.get("files", {}).items()
+        }
     except InvalidInput as error:
         return replace(new, outcome=model_errors(error.items))
     return replace(
         new,
-        job={**job, "image": reference},
+        job={**job, "image": reference, "files": files},
         logs=tuple(_warn([*_unknown(call.endpoint, payload), *job["warnings"]])),
-        blobs=(reference.removeprefix(BLOB),) if reference.startswith(BLOB) else (),
+        blobs=tuple(found.removeprefix(BLOB) for found in (reference, *files.values()) if found.startswith(BLOB)),
     )
 
 
@@ -96,34 +103,38 @@ def lifecycle_s(text: str | None, name: str) -> float | None:
         raise InvalidInput([item]) from error
 
 
-async def place_image(gateway: Gateway, image_url: str, base: Base) -> str:
+async def place_input(gateway: Gateway, url: str, base: Base, field: str) -> str:
     """What the slot shall read: a URL, or `blob:<key>` for a data URI, stored here, and for a file of ours.
+
+    A base model may also be a name; what it stands for only the slot knows.
 
     Raises:
         InvalidInput: It is neither a data URI nor an http(s) URL, the URL is too long, or it names a file that we do
             not have.
     """
-    if image_url[:5].lower() == "data:":
+    if url[:5].lower() == "data:":
         max_bytes = int(gateway.settings.max_download_mb * MEBIBYTE)
         try:
-            data = await asyncio.to_thread(decode_data_uri, image_url, max_bytes)
+            data = await asyncio.to_thread(decode_data_uri, url, max_bytes)
         except FileTooLarge as error:
-            raise _bad_image("file_too_large", str(error), image_url, {"max_size": error.max_bytes}) from error
+            raise _bad_input(field, "file_too_large", str(error), url, {"max_size": error.max_bytes}) from error
         except MalformedDataURI as error:
-            raise _bad_image("image_load_error", str(error), image_url) from error
+            raise _bad_input(field, "image_load_error", str(error), url) from error
         return BLOB + await gateway.store_input(data)
-    if len(image_url) > MAX_URL:
+    if field == BASE_MODEL and MODEL_NAME.fullmatch(url):
+        return url
+    if len(url) > MAX_URL:
         msg = f"A URL should have at most {MAX_URL} characters; upload the file or pass it as a data URI"
-        raise _bad_image("sequence_too_long", msg, image_url, {"max_length": MAX_URL})
-    key = own_key(image_url, _own_hosts(gateway, base))
+        raise _bad_input(field, "sequence_too_long", msg, url, {"max_length": MAX_URL})
+    key = own_key(url, _own_hosts(gateway, base), field)
     if key is None:
-        return image_url
+        return url
     if not await gateway.hold_stored(key):
-        raise _bad_image("file_download_error", DOWNLOAD_FAILED, image_url)
+        raise _bad_input(field, "file_download_error", DOWNLOAD_FAILED, url)
     return BLOB + key
 
 
-def own_key(url: str, own_hosts: Sequence[str]) -> str | None:
+def own_key(url: str, own_hosts: Sequence[str], field: str = "image_url") -> str | None:
     """The key of a file of ours that a URL names; None for any other URL.
 
     Raises:
@@ -133,9 +144,9 @@ def own_key(url: str, own_hosts: Sequence[str]) -> str | None:
         parts = urlsplit(url.strip())
         host = parts.hostname
     except ValueError as error:
-        raise _bad_image("file_download_error", DOWNLOAD_FAILED, url) from error
+        raise _bad_input(field, "file_download_error", DOWNLOAD_FAILED, url) from error
     if parts.scheme.lower() not in ("http", "https") or not host:
-        raise _bad_image("file_download_error", f"{DOWNLOAD_FAILED} Expected an http(s) URL or a data URI.", url)
+        raise _bad_input(field, "file_download_error", f"{DOWNLOAD_FAILED} Expected an http(s) URL or a data URI.", url)
     path = unquote(parts.path)
     key = path.partition("/files/")[2]
     return key if parts.netloc.lower() in own_hosts and is_public(key) else None
@@ -151,8 +162,8 @@ def _own_hosts(gateway: Gateway, base: Base) -> tuple[str, ...]:
     )
 
 
-def _bad_image(kind: str, msg: str, value: str, ctx: Mapping[str, Any] | None = None) -> InvalidInput:
-    return InvalidInput([detail_item(kind, msg, loc=("body", "image_url"), ctx=ctx, input=value[:200])])
+def _bad_input(field: str, kind: str, msg: str, value: str, ctx: Mapping[str, Any] | None = None) -> InvalidInput:
+    return InvalidInput([detail_item(kind, msg, loc=("body", field), ctx=ctx, input=value[:200])])
 
 
 def _unknown(endpoint: Endpoint[Any], payload: Any) -> list[str]:

@@ -19,7 +19,7 @@ from PIL import Image, ImageCms
 
 from benchmarks import metrics
 from benchmarks.quality import borders
-from pipelines.creative_upscaler import CreativeUpscaler, Params, plan_size
+from pipelines.creative_upscaler import MAX_TILE_PX, CreativeUpscaler, Params, plan_size
 from pipelines.delivery import Result
 from pipelines.errors import Cancelled, ImageTooLarge, NonFiniteResult
 from pipelines.planning import Limits
@@ -69,8 +69,10 @@ def run(
 def weight_hash(pipeline: CreativeUpscaler) -> str:
     """One hash over every weight that requests share."""
     digest = hashlib.sha256()
-    modules = (pipeline.model.unet, pipeline.model.controlnet, pipeline.model.hint_embedding, pipeline.canvas.vae.vae)
-    for module in (*modules, *pipeline.model.text_encoders):
+    family = pipeline.models.family("SD_1_5")
+    model = family.model
+    modules = (model.unet, model.controlnet, model.hint_embedding, family.canvas.vae.vae)
+    for module in (*modules, *model.text_encoders):
         for tensor in module.state_dict().values():
             digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
@@ -84,7 +86,7 @@ def difference(first: Image.Image, second: Image.Image) -> float:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles so small that a picture of 256 px has several."""
-    monkeypatch.setattr("pipelines.creative_upscaler.MAX_TILE_PX", 160)
+    monkeypatch.setitem(MAX_TILE_PX, "SD_1_5", 160)
 
 
 @pytest.mark.parametrize(("size", "scale"), [((1, 1), 2.0), ((33, 47), 1.5), ((61, 20), 2.7), ((40, 40), 1.0)])
@@ -114,7 +116,7 @@ def test_creativity_zero_returns_the_prestage_picture(pipeline: CreativeUpscaler
 
     with torch.inference_mode():
         source = torch.from_numpy(np.array(photo_crop, dtype=np.float32) / 255).permute(2, 0, 1)[None].contiguous()
-        before = pipeline.prestage(source, (photo_crop.height * 2, photo_crop.width * 2))
+        before = pipeline.models.prestage()(source, (photo_crop.height * 2, photo_crop.width * 2))
     wanted = (before[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     assert np.array_equal(np.asarray(picture), wanted)
 
@@ -220,9 +222,12 @@ def test_stages_report_their_steps_and_seconds(pipeline: CreativeUpscaler, photo
 
 def in_bfloat16(pipeline: CreativeUpscaler) -> CreativeUpscaler:
     """The same pipeline over a copy of the VAE that computes in 16 bits."""
+    family = pipeline.models.family("SD_1_5")
+    canvas = copy.copy(family.canvas)
+    canvas.vae = TiledVAE(copy.deepcopy(family.canvas.vae.vae).to(torch.bfloat16))
     half = copy.copy(pipeline)
-    half.canvas = copy.copy(pipeline.canvas)
-    half.canvas.vae = TiledVAE(copy.deepcopy(pipeline.canvas.vae.vae).to(torch.bfloat16))
+    half.models = copy.copy(pipeline.models)
+    half.models.family = lambda name, base=None: replace(family, canvas=canvas)  # type: ignore[method-assign]
     return half
 
 

@@ -237,6 +237,19 @@ def test_embedding_names_are_whole_words(tokenizer: CLIPTokenizer, text_encoder:
     assert torch.equal(encode("bad cat", cat=one, **{"bad cat": two}), encode("bad cat", **{"bad cat": two}))
 
 
+def test_an_embedding_of_any_length_is_used_whole(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
+    """More vectors than a chunk has tokens fill chunks of their own, and the last of them still counts."""
+    vectors = torch.randn(160, 32, generator=torch.Generator().manual_seed(4))
+    other = vectors.clone()
+    other[-1] += 1
+
+    def encode(rows: torch.Tensor) -> torch.Tensor:
+        return encode_prompts(["neg"], tokenizer=tokenizer, text_encoder=text_encoder, embeddings={"neg": rows})
+
+    assert encode(vectors).shape[1] == 3 * 77
+    assert not torch.equal(encode(vectors)[:, 154:], encode(other)[:, 154:])
+
+
 def test_nothing_stays_behind(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
     """After a request with an embedding, failed or not, tokenizer and text encoder are as before."""
     before, size = encode_prompts(["neg"], tokenizer=tokenizer, text_encoder=text_encoder), len(tokenizer)
@@ -245,8 +258,8 @@ def test_nothing_stays_behind(tokenizer: CLIPTokenizer, text_encoder: CLIPTextMo
     encode_prompts(["neg"], tokenizer=tokenizer, text_encoder=text_encoder, embeddings={"neg": torch.ones(3, 32)})
     with pytest.raises(ValueError, match="32 numbers"):
         encode_prompts(["neg"], tokenizer=tokenizer, text_encoder=text_encoder, embeddings={"neg": torch.ones(3, 8)})
-    with pytest.raises(ValueError, match="1 to 75 vectors"):
-        encode_prompts(["neg"], tokenizer=tokenizer, text_encoder=text_encoder, embeddings={"neg": torch.ones(76, 32)})
+    with pytest.raises(ValueError, match="expected vectors"):
+        encode_prompts(["neg"], tokenizer=tokenizer, text_encoder=text_encoder, embeddings={"neg": torch.ones(0, 32)})
 
     assert len(tokenizer) == size
     assert all(torch.equal(value, weights[name]) for name, value in text_encoder.state_dict().items())

@@ -48,7 +48,7 @@ def test_input_is_the_documented_one(endpoint: Any) -> None:
 
 
 def test_fields_are_translated_once() -> None:
-    """fal's words become the pipeline's, and the prompt gets its suffix."""
+    """fal's words become the pipeline's."""
     job = UPSCALER.job(
         UPSCALER.parse(
             IMAGE
@@ -58,7 +58,9 @@ def test_fields_are_translated_once() -> None:
 
     assert job["pipeline"] == "creative_upscaler" and job["image"] == IMAGE["image_url"]
     assert job["params"] == {
-        "prompt": "an owl, high quality, highly detailed, high resolution, sharp",
+        "family": "SD_1_5",
+        "prompt": "an owl,",
+        "prompt_suffix": " high quality, highly detailed, high resolution, sharp",
         "negative_prompt": UPSCALER.input_model.model_fields["negative_prompt"].default,
         "scale": 2.0,
         "strength": 0.3,
@@ -68,21 +70,38 @@ def test_fields_are_translated_once() -> None:
         "num_inference_steps": 20,
         "seed": 5,
         "allow_large": True,
+        "restore": True,
+        "check_safety": True,
+        "lora_scale": 1.0,
     }
+    assert (job["kind"], job["files"]) == ("creative_upscaler SD_1_5", {})
 
 
-def test_defaults_are_served_with_warnings() -> None:
-    """What this server cannot do is said, where fal's default asks for it; nothing is refused."""
-    job = UPSCALER.job(UPSCALER.parse(IMAGE))
-    quiet = UPSCALER.job(UPSCALER.parse(IMAGE | {"prompt": "x", "enable_safety_checks": False, "skip_ccsr": True}))
+def test_files_of_weights_are_named_by_parameter() -> None:
+    """What is fetched, and what each file is called in the pipeline and in fal's words."""
+    job = UPSCALER.job(
+        UPSCALER.parse(
+            IMAGE
+            | {
+                "model_type": "SDXL",
+                "base_model_url": "owner/name",
+                "additional_lora_url": "https://x/lora.safetensors",
+                "additional_lora_scale": 0.5,
+                "additional_embedding_url": "https://x/word.safetensors",
+                "skip_ccsr": True,
+                "enable_safety_checks": False,
+            }
+        )
+    )
 
-    assert [word for word in ("captioner", "safety checker", "CCSR") if word in " ".join(job["warnings"])] == [
-        "captioner",
-        "safety checker",
-        "CCSR",
-    ]
-    assert job["params"]["prompt"] == "high quality, highly detailed, high resolution, sharp"
-    assert quiet["warnings"] == []
+    assert job["files"] == {
+        "base_model": "owner/name",
+        "lora": "https://x/lora.safetensors",
+        "embedding": "https://x/word.safetensors",
+    }
+    assert {job["fields"][parameter] for parameter in job["files"]} <= set(UPSCALER.input_model.model_fields)
+    assert job["kind"] == "creative_upscaler SDXL"
+    assert (job["params"]["lora_scale"], job["params"]["restore"], job["params"]["check_safety"]) == (0.5, False, False)
 
 
 def test_a_seed_is_drawn_at_admission() -> None:
@@ -112,13 +131,6 @@ def test_a_seed_is_drawn_at_admission() -> None:
         (IMAGE | {"prompt": "\ud800"}, ("body", "prompt", "string_unicode")),
         ({"image_url": 5}, ("body", "image_url", "string_type")),
         (["image_url"], ("body", "model_attributes_type")),
-        (IMAGE | {"model_type": "SDXL"}, ("body", "model_type", "feature_not_supported")),
-        (IMAGE | {"base_model_url": "https://x"}, ("body", "base_model_url", "feature_not_supported")),
-        (IMAGE | {"additional_lora_url": "https://x"}, ("body", "additional_lora_url", "feature_not_supported")),
-        (
-            IMAGE | {"additional_embedding_url": "https://x"},
-            ("body", "additional_embedding_url", "feature_not_supported"),
-        ),
     ],
 )
 def test_faults_have_fals_names(payload: Any, fault: tuple[Any, ...]) -> None:

@@ -43,7 +43,7 @@ def random_changes(model: Any, *, size: float = 0.1, unet: bool = True, text: bo
                 num_out, num_in, *kernel = layer.weight.shape
                 down = torch.randn(RANK, num_in, *kernel, generator=generator)
                 up = torch.randn(num_out, RANK, *[1] * len(kernel), generator=generator)
-                scale = size * float(layer.weight.float().std())
+                scale = size * float(layer.weight.detach().float().std())
                 changes[part, name.removeprefix("text_model.")] = Pair(down, up * scale)
     return changes
 

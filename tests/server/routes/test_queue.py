@@ -241,6 +241,20 @@ def test_files_of_ours_are_read_from_the_store(client: TestClient, slot: FakeSlo
     assert asyncio.run(slot.ledger.sweep(time.time() + 3600)) == []
 
 
+def test_uploaded_weights_are_held_like_pictures(client: TestClient, slot: FakeSlot, app_settings: Settings) -> None:
+    """A LoRA that lies here is read from the store; a base model may be a name; what is no URL names its field."""
+    asyncio.run(Storage.open(app_settings).put_bytes(PICTURE, b"x"))
+    asyncio.run(slot.ledger.hold_blob(Blob(PICTURE, "upload", time.time() + 1)))
+    lora = {"additional_lora_url": f"http://127.0.0.1:8000/files/{PICTURE}", "base_model_url": "owner/name"}
+    ours = slot.job(submit(client, IMAGE | lora))
+    refused = client.post("/run/fal-ai/creative-upscaler", json=IMAGE | {"additional_embedding_url": "owner/name"})
+
+    assert ours["files"] == {"lora": f"blob:{PICTURE}", "base_model": "owner/name"}
+    assert asyncio.run(slot.ledger.sweep(time.time() + 3600)) == []
+    assert refused.status_code == 422
+    assert refused.json()["detail"][0]["loc"] == ["body", "additional_embedding_url"]
+
+
 def events_of(text: str) -> list[dict[str, Any]]:
     """The JSON of each event."""
     return [json.loads(part.removeprefix("data: ")) for part in text.split("\n\n") if part.startswith("data: ")]

@@ -1,0 +1,115 @@
+"""The weights that a caller brings (LoRA, embedding, base model): where they come from, and what they must be.
+
+Uploads to this server and files elsewhere take the same way: through the cache of `weights.fetch`, which opens both
+with the function here. Elsewhere means the guarded client of `inputs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from urllib.parse import quote
+
+from server.inputs import DownloadFailed, Fetcher, Reach, guarded_client
+from server.schemas import BLOB
+from server.settings import Settings
+from server.storage import Storage, file_name_of
+from weights import unpickle
+from weights.detect import check_checkpoint, check_embedding, check_lora
+from weights.fetch import Answer, FileTooLarge, Poll, WeightCache, WeightFile
+from weights.header import Header, UnsuitableFile, read_header
+from weights.hub import BaseFiles, BaseModels
+
+
+class FileRefused(Exception):
+    """A file that the request names cannot be had or used; the cause says why, `parameter` which."""
+
+    def __init__(self, parameter: str) -> None:
+        super().__init__(f"The file for {parameter} cannot be used.")
+        self.parameter = parameter
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An upload as an answer of a web server."""
+
+    status_code: int
+    headers: Mapping[str, str]
+    chunks: Iterator[bytes]
+
+    def iter_raw(self) -> Iterator[bytes]:
+        """The bytes."""
+        return self.chunks
+
+
+class WeightFiles:
+    """Files of weights by reference, for one slot."""
+
+    def __init__(self, settings: Settings, storage: Storage) -> None:
+        self._storage = storage
+        self._fetcher = Fetcher(
+            guarded_client(Reach.naming(settings.fetch_allow_hosts)),
+            max_bytes=0,
+            timeout_s=settings.weights_timeout_s,
+            tokens={host: token.get_secret_value() for host, token in settings.fetch_tokens.items()},
+        )
+        self._cache = WeightCache(
+            settings.fetched_weights_dir,
+            open=self._open,
+            interrupted=DownloadFailed,
+            max_file_bytes=int(settings.max_weights_mb * 2**20),
+            budget_bytes=int(settings.weights_cache_gb * 2**30),
+            convert=unpickle.convert if settings.allow_pickles else None,
+        )
+        self._bases = BaseModels(self._cache, settings.hub, settings.base_models_dir)
+
+    def get(self, files: Mapping[str, str], family: str, poll: Poll) -> dict[str, WeightFile | BaseFiles]:
+        """The files of a job by parameter.
+
+        Args:
+            files: References by parameter: `lora`, `embedding`, `base_model`.
+            family: fal's name of the family that they must be for.
+            poll: Called while others are waited for; may raise to stop.
+
+        Raises:
+            FileRefused: From what is wrong with one of them.
+        """
+        found: dict[str, WeightFile | BaseFiles] = {}
+        for parameter, reference in files.items():
+            try:
+                found[parameter] = self._get(parameter, reference, family, poll)
+            except (UnsuitableFile, FileTooLarge, DownloadFailed) as error:
+                raise FileRefused(parameter) from error
+        return found
+
+    def _get(self, parameter: str, reference: str, family: str, poll: Poll) -> WeightFile | BaseFiles:
+        if parameter == "base_model":
+            return self._bases.find(reference, lambda header: check_checkpoint(header, family), poll)
+        check = CHECKS[parameter]
+        return self._cache.fetch(reference, lambda path: check(read_header(path), family), poll)
+
+    @contextmanager
+    def _open(self, url: str, headers: Mapping[str, str], poll: Poll) -> Iterator[Answer]:
+        if not url.startswith(BLOB):
+            with self._fetcher.open(url, headers, poll) as response:
+                yield response
+            return
+        key = url.removeprefix(BLOB)
+        if headers.get("if-none-match") == key:
+            yield Stored(304, {}, iter(()))
+            return
+        try:
+            size, chunks = self._storage.chunks(key)
+        except FileNotFoundError as error:
+            raise DownloadFailed("the file is not kept here any more") from error
+        name = quote(file_name_of(key))
+        told = {"content-length": str(size), "etag": key, "content-disposition": f"filename*=UTF-8''{name}"}
+        yield Stored(200, told, chunks)
+
+
+CHECKS: Mapping[str, Callable[[Header, str], object]] = {
+    "lora": check_lora,
+    "embedding": lambda header, family: check_embedding(header),
+}
+"""What a file must be, by parameter; told the family by fal's name."""

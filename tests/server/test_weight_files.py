@@ -1,0 +1,242 @@
+"""Weights that callers bring, on their way to the pipeline: what is refused, in fal's words, and what is kept."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save
+
+from server.endpoints import ENDPOINTS
+from server.engine import Work
+from server.ledger import NewLog, Outcome
+from server.settings import Settings
+from server.slot import SlotHost
+from server.storage import Storage, upload_key
+from server.weight_files import FileRefused, WeightFiles
+from tests.server.fake_pipeline import PIPELINES
+from tests.weights.file_server import FileServer, Page, serving
+from weights import store as weight_store
+from weights.fetch import WeightFile
+from weights.hub import BaseFiles
+
+STEM = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+LORA = save({f"{STEM}.lora_down.weight": torch.ones(4, 768), f"{STEM}.lora_up.weight": torch.ones(320, 4)})
+SDXL_LORA = save({f"{STEM}.lora_down.weight": torch.ones(4, 2048), f"{STEM}.lora_up.weight": torch.ones(640, 4)})
+WORD = save({"emb_params": torch.ones(2, 768)})
+BASE = save({"model.diffusion_model.out.2.weight": torch.ones(4, 4)})
+SDXL_BASE = save(
+    {
+        "model.diffusion_model.out.2.weight": torch.ones(4, 4),
+        "conditioner.embedders.1.model.ln_final.weight": torch.ones(4),
+    }
+)
+
+
+@pytest.fixture
+def files() -> Iterator[FileServer]:
+    pages = {"/lora.safetensors": Page(LORA, etag='"1"'), "/sdxl.safetensors": Page(SDXL_LORA)}
+    with serving(pages | {"/word.safetensors": Page(WORD), "/base.safetensors": Page(BASE)}) as files:
+        yield files
+
+
+@pytest.fixture
+def settings(tmp_path: Path, files: FileServer, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    monkeypatch.setattr(weight_store, "CREATIVE_UPSCALER_FILES", ())
+    settings = Settings(
+        data=tmp_path / "data",
+        weights="pocket",
+        fetch_allow_hosts=[files.address],
+        hub_url=f"http://{files.address}",
+        max_weights_mb=1,
+    )
+    settings.make_folders()
+    return settings
+
+
+@pytest.fixture
+def host(settings: Settings, tmp_path: Path) -> SlotHost:
+    storage = Storage.open(settings)
+    picture = io.BytesIO()
+    Image.new("RGB", (16, 12), "teal").save(picture, "PNG")
+    storage._put("in/picture", picture.getvalue())
+    host = SlotHost(settings, storage, tmp_path, device="cpu", pipelines=PIPELINES)
+    host.load()
+    return host
+
+
+def run(host: SlotHost, is_cancelled: Callable[[], bool] = lambda: False, **fields: Any) -> tuple[Outcome, list[str]]:
+    """What a request with these fields ends in, and the lines of its log."""
+    endpoint = ENDPOINTS["fal-ai/creative-upscaler"]
+    payload = {"image_url": "blob:in/picture", "prompt": "a cat", "num_inference_steps": 1} | fields
+    job = dict(endpoint.job(endpoint.parse(payload)))
+    lines: list[NewLog] = []
+    work = Work(request_id="r1", endpoint=endpoint.id, token="t1", job=job)
+    return host.run(work, lines.append, is_cancelled), [line.message for line in lines]
+
+
+def kept(settings: Settings) -> list[Path]:
+    """Files of weights on disk, complete or not."""
+    folder = settings.fetched_weights_dir
+    return [path for part in ("blobs", "partial") for path in (folder / part).rglob("*") if path.is_file()]
+
+
+def lying(entry: dict[str, Any], data: bytes = b"1234") -> bytes:
+    header = json.dumps({"lora_unet_conv_in.lora_down.weight": entry}).encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
+class Malicious:
+    """A pickle of this makes a folder when it is read without care."""
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return os.mkdir, ("executed",)
+
+
+BAD: dict[str, tuple[bytes, str]] = {
+    "other family": (SDXL_LORA, "is a LoRA for SDXL; the model_type of this request is SD_1_5"),
+    "truncated": (LORA[:-100], "is cut off"),
+    "web page": (b"<!DOCTYPE html><html><title>Sign in</title></html>" + b" " * 100, "is a web page"),
+    "pickle": (pickle.dumps(Malicious(), protocol=2) + b"0" * 100, "is a pickle"),
+    "lying offsets": (lying({"dtype": "F32", "shape": [1], "data_offsets": [100, 104]}), "lies about where"),
+    "10 GB tensor": (lying({"dtype": "F32", "shape": [2684354560], "data_offsets": [0, 10 * 2**30]}), "is cut off"),
+    "10 GB header": ((10 * 2**30).to_bytes(8, "little") + b"{" + b" " * 100, "is not a safetensors file"),
+    "embedding": (WORD, "is a textual inversion embedding"),
+    "LoHa": (save({f"{STEM}.hada_w1_a": torch.ones(4, 4)}), "of the kind LoHa"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_file_is_a_422_with_the_reason(
+    host: SlotHost, settings: Settings, files: FileServer, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The field is named, nothing in the file is run, and nothing of it is kept."""
+    monkeypatch.chdir(tmp_path)
+    body, reason = BAD[kind]
+    files.pages["/bad.safetensors"] = Page(body)
+
+    outcome, _ = run(host, additional_lora_url=files.url("/bad.safetensors"))
+
+    (item,) = outcome.body["detail"]
+    assert (outcome.status, item["type"], item["loc"]) == (422, "value_error", ["body", "additional_lora_url"])
+    assert reason in item["msg"]
+    assert kept(settings) == [] and not (tmp_path / "executed").exists()
+    assert run(host)[0].status == 200
+
+
+@pytest.mark.parametrize(
+    ("field", "path", "type"),
+    [
+        ("additional_lora_url", "/missing.safetensors", "file_download_error"),
+        ("additional_embedding_url", "/missing.safetensors", "file_download_error"),
+        ("base_model_url", "/missing.safetensors", "file_download_error"),
+        ("additional_lora_url", "/huge.safetensors", "file_too_large"),
+        ("additional_embedding_url", "/lora.safetensors", "value_error"),
+        ("base_model_url", "/lora.safetensors", "value_error"),
+        ("base_model_url", "/sdxl_base.safetensors", "value_error"),
+    ],
+)
+def test_faults_point_at_their_field(host: SlotHost, files: FileServer, field: str, path: str, type: str) -> None:
+    """Downloads that fail and files of another kind, for each of the three fields."""
+    files.pages["/huge.safetensors"] = Page(b"0" * (2**20 + 1))
+    files.pages["/sdxl_base.safetensors"] = Page(SDXL_BASE)
+
+    outcome, _ = run(host, **{field: files.url(path)})
+
+    (item,) = outcome.body["detail"]
+    assert (outcome.status, item["type"], item["loc"]) == (422, type, ["body", field])
+
+
+def test_private_addresses_stay_out_of_reach(host: SlotHost, files: FileServer, settings: Settings) -> None:
+    """Unless the operator names them; the message says how."""
+    outcome, _ = run(host, additional_lora_url="http://127.0.0.1:1/lora.safetensors")
+
+    assert outcome.error_type == "file_download_error" and "UPSCALER_FETCH_ALLOW_HOSTS" in str(outcome.error)
+
+
+def test_good_files_reach_the_pipeline(settings: Settings, files: FileServer) -> None:
+    """By parameter, with the name that they have where they came from."""
+    weights = WeightFiles(settings, Storage.open(settings))
+    wanted = {
+        "lora": files.url("/lora.safetensors"),
+        "embedding": files.url("/word.safetensors"),
+        "base_model": files.url("/base.safetensors"),
+    }
+
+    found = weights.get(wanted, "SD_1_5", lambda: None)
+
+    lora, word, base = found["lora"], found["embedding"], found["base_model"]
+    assert isinstance(lora, WeightFile) and lora.path.read_bytes() == LORA
+    assert isinstance(word, WeightFile) and word.stem == "word"
+    assert isinstance(base, BaseFiles) and base.files["checkpoint"].path.read_bytes() == BASE
+
+
+def test_uploads_take_the_same_way(settings: Settings, files: FileServer) -> None:
+    """A file that the caller uploaded here is read from the store, under the name it was uploaded with."""
+    storage = Storage.open(settings)
+    key = upload_key("my-word.safetensors")
+    storage._put(key, WORD)
+    weights = WeightFiles(settings, storage)
+
+    for _ in range(2):
+        word = weights.get({"embedding": f"blob:{key}"}, "SD_1_5", lambda: None)["embedding"]
+        assert isinstance(word, WeightFile) and (word.stem, word.path.read_bytes()) == ("my-word", WORD)
+    with pytest.raises(FileRefused):
+        weights.get({"embedding": f"blob:{upload_key('gone.safetensors')}"}, "SD_1_5", lambda: None)
+
+
+def test_a_repository_is_read_part_by_part(settings: Settings, files: FileServer) -> None:
+    """From a hub, by owner/name or by the address of its page: safetensors of every part, and nothing else."""
+    names = ["unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"]
+    listing = {"siblings": [{"rfilename": name} for name in [*names, "unet/diffusion_pytorch_model.bin", "x.ckpt"]]}
+    files.pages["/api/models/owner/name"] = Page(json.dumps(listing).encode())
+    for name in names:
+        files.pages[f"/owner/name/resolve/main/{name}"] = Page(WORD)
+    weights = WeightFiles(settings, Storage.open(settings))
+
+    for reference in ("owner/name", files.url("/owner/name")):
+        base = weights.get({"base_model": reference}, "SD_1_5", lambda: None)["base_model"]
+        assert isinstance(base, BaseFiles) and set(base.files) == {"unet", "text_encoder"}
+    files.pages["/owner/name/resolve/main/single.safetensors"] = Page(BASE)
+    page = files.url("/owner/name/blob/main/single.safetensors")
+    single = weights.get({"base_model": page}, "SD_1_5", lambda: None)["base_model"]
+
+    assert isinstance(single, BaseFiles) and set(single.files) == {"checkpoint"}
+    assert not any(path.endswith((".bin", ".ckpt")) for path, _ in files.seen)
+
+
+def test_the_operators_own_base_models_have_names(settings: Settings) -> None:
+    """A name is a file or folder that the operator put there, and cannot lead out of that folder."""
+    settings.base_models_dir.mkdir(parents=True)
+    (settings.base_models_dir / "photo.safetensors").write_bytes(BASE)
+    weights = WeightFiles(settings, Storage.open(settings))
+
+    base = weights.get({"base_model": "photo"}, "SD_1_5", lambda: None)["base_model"]
+
+    assert isinstance(base, BaseFiles) and base.files["checkpoint"].path.read_bytes() == BASE
+    for name in ("unknown", "../photo", "..", "/etc/passwd"):
+        with pytest.raises(FileRefused):
+            weights.get({"base_model": name}, "SD_1_5", lambda: None)
+
+
+def test_a_download_ends_when_the_request_is_cancelled(host: SlotHost, files: FileServer) -> None:
+    """Nobody waits for gigabytes that nobody wants any more."""
+    asked = 0
+
+    def is_cancelled() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > 3
+
+    outcome, lines = run(host, is_cancelled, additional_lora_url=files.url("/lora.safetensors"))
+
+    assert outcome.error_type == "client_cancelled"
+    assert any("fetching the weights" in line for line in lines)
