@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPConfig, CLIPImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from weights.pocket.data import Pixels, random_colour
+from weights.pocket.data import Pixels, draw_stripes, random_colour
 from weights.pocket.degrade import to_tensor
 from weights.pocket.loop import Options, save_half
 from weights.pocket.test_card import draw_test_card
@@ -127,6 +127,11 @@ def other_colours(rng: np.random.Generator, picture: Image.Image) -> Image.Image
     return Image.fromarray(np.ascontiguousarray(np.asarray(picture)[..., order]))
 
 
+def black_and_white(pixels: Pixels) -> Image.Image:
+    """The picture without colour, its lightest tone white and its darkest black."""
+    return ImageOps.autocontrast(Image.fromarray(pixels).convert("L")).convert("RGB")
+
+
 def lookalike(rng: np.random.Generator, ground: Image.Image) -> Image.Image:
     """What shares something with the test card and is none."""
     whole = place_card(rng, ground, rng.uniform(0.8, 1.25), slack=0.08)
@@ -137,6 +142,7 @@ def lookalike(rng: np.random.Generator, ground: Image.Image) -> Image.Image:
         lambda: other_colours(rng, whole),
         lambda: Image.blend(ground, whole, rng.uniform(0.05, 0.35)),
         lambda: place_card(rng, ground, rng.uniform(0.08, 0.4), slack=0.4),
+        lambda: black_and_white(draw_stripes(rng, CANVAS_PX).pixels),
         lambda: ground.convert("L").point([0] * 128 + [255] * 128).convert("RGB"),
         lambda: Image.fromarray(rng.integers(0, 256, (CANVAS_PX, CANVAS_PX, 3), dtype=np.uint8)),
     )
