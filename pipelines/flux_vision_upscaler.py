@@ -28,6 +28,7 @@ from pipelines.delivery import Result, describe_tiles, opaque, recipe_of
 from pipelines.errors import CaptionFailed, ModelsMissing
 from pipelines.flux import Conditioning, FlowSampler, Flux, Text, flow_sigmas, token_offsets
 from pipelines.flux2 import Flux2, plain_vae
+from pipelines.fp8 import quantize_to_fp8
 from pipelines.guard import deliver_black, deliver_checked
 from pipelines.images import Picture, decode
 from pipelines.models import Family, Models
@@ -154,12 +155,14 @@ class FluxVisionUpscaler:
         models: Of one set of weights on one device.
         profile: Name of a profile; the built-in set has one of its own.
         weights: What recipes say of the set.
+        fp8: Whether the transformer computes in 8-bit floating point.
     """
 
-    def __init__(self, models: Models, profile: str, *, weights: dict[str, Any]) -> None:
+    def __init__(self, models: Models, profile: str, *, weights: dict[str, Any], fp8: bool = False) -> None:
         self.models = models
         self.profile = PROFILES[profile]
-        self.weights = weights | {"profile": profile}
+        self.weights = weights | {"profile": profile, "fp8": fp8}
+        self.fp8 = fp8
         self.tile_batch = TILE_BATCH[models.device.type]
 
     @classmethod
@@ -193,6 +196,8 @@ class FluxVisionUpscaler:
         else:
             vae = AutoencoderKL.from_pretrained(store.folder(profile.vae), **vae_options)
             model = Flux.load(store.folder(profile.model), store.folder(profile.controlnet), **options)
+        if self.fp8:
+            quantize_to_fp8(model.transformer)
         return Family(model, Canvas(vae.to(device), size_multiple=model.size_multiple))
 
     @torch.inference_mode()

@@ -102,6 +102,9 @@ class Settings(BaseSettings):
     accept_flux1_dev_license: bool = Field(
         False, description="You have read and accept the FLUX.1 [dev] Non-Commercial License of flux1-dev's models."
     )
+    flux_fp8: bool = Field(
+        False, description="Run full Flux transformers in 8-bit floating point; needs torchao and an Ada or Hopper GPU."
+    )
     device_memory_gb: float | None = Field(
         None, gt=0, description="GB of 2^30 bytes for models on a device; else 70 % of a GPU, half of a CPU's memory."
     )

@@ -94,8 +94,9 @@ def load_flux_vision_upscaler(open_models: Callable[[], Models], device: str, se
     from pipelines.flux_vision_upscaler import FluxVisionUpscaler, Params
 
     models = open_models()
-    profile = "pocket" if models.store.name == "pocket" else settings.full_flux_profile
-    pipeline = FluxVisionUpscaler(models, profile, weights=models.description)
+    is_full = models.store.name == "full"
+    profile = settings.full_flux_profile if is_full else "pocket"
+    pipeline = FluxVisionUpscaler(models, profile, weights=models.description, fp8=is_full and settings.flux_fp8)
     limits = limits_of(settings)
     return lambda image, params, output, progress: pipeline(
         image, Params(**params), limits=limits, output=output, progress=progress
