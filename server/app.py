@@ -42,7 +42,7 @@ from server.routes.declared import COMPONENTS
 from server.schemas import ErrorBody
 from server.settings import Settings
 from server.storage import Storage, StorageUnavailable
-from server.tls import ensure_certificates
+from server.tls import ensure_certificates, own_hosts
 from server.uploads import Uploads
 from server.wakeup import Bell, Ringer
 
@@ -117,6 +117,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
             uploads=Uploads(settings.uploads_dir, storage, ledger, max_bytes=int(settings.max_upload_mb * 2**20)),
             bell=bell,
             dispatcher=dispatcher,
+            own_hosts=frozenset(own_hosts(settings)),
         )
         sweeping = asyncio.create_task(app.state.gateway.uploads.sweep_in_time())
         try:

@@ -33,6 +33,7 @@ class Gateway:
     uploads: Uploads
     bell: Bell
     dispatcher: Ringer
+    own_hosts: frozenset[str]  # `host[:port]` of every URL under which our files are known
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
     opened: float = field(default_factory=time.time)
 

@@ -79,6 +79,14 @@ def alternative_names(settings: Settings) -> list[str]:
     return list(dict.fromkeys([*names, *FAL_HOSTS, *MEDIA_HOSTS]))
 
 
+def own_hosts(settings: Settings) -> list[str]:
+    """Host and port, as they stand in URLs, of everything that a client may reach us by; all in lower case."""
+    names = [f"[{name}]" if ":" in name else name.lower() for name in alternative_names(settings)]
+    ports = [f":{port}" for port in (settings.port, settings.tls_port) if port]
+    public = [urlsplit(settings.public_url).netloc.lower()] if settings.public_url else []
+    return [*public, *(name + port for name in names for port in ("", *ports))]
+
+
 @dataclass(frozen=True)
 class _Authority:
     certificate: x509.Certificate

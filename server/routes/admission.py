@@ -7,7 +7,7 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -15,7 +15,6 @@ from urllib.parse import unquote, urlsplit
 from server.endpoints import Endpoint
 from server.errors import DOWNLOAD_FAILED, InvalidInput, detail_item, model_errors
 from server.gateway import Gateway
-from server.hosts import FAL_HOSTS, MEDIA_HOSTS
 from server.inputs import FileTooLarge, MalformedDataURI, decode_data_uri
 from server.ledger import NewLog, NewRequest
 from server.routes.dependencies import MEBIBYTE, Call
@@ -126,7 +125,7 @@ async def place_input(gateway: Gateway, url: str, base: Base, field: str) -> str
     if len(url) > MAX_URL:
         msg = f"A URL should have at most {MAX_URL} characters; upload the file or pass it as a data URI"
         raise _bad_input(field, "sequence_too_long", msg, url, {"max_length": MAX_URL})
-    key = own_key(url, _own_hosts(gateway, base), field)
+    key = own_key(url, {urlsplit(base.root).netloc.lower(), *gateway.own_hosts}, field)
     if key is None:
         return url
     if not await gateway.hold_stored(key):
@@ -134,7 +133,7 @@ async def place_input(gateway: Gateway, url: str, base: Base, field: str) -> str
     return BLOB + key
 
 
-def own_key(url: str, own_hosts: Sequence[str], field: str = "image_url") -> str | None:
+def own_key(url: str, own_hosts: Collection[str], field: str = "image_url") -> str | None:
     """The key of a file of ours that a URL names; None for any other URL.
 
     Raises:
@@ -150,16 +149,6 @@ def own_key(url: str, own_hosts: Sequence[str], field: str = "image_url") -> str
     path = unquote(parts.path)
     key = path.partition("/files/")[2]
     return key if parts.netloc.lower() in own_hosts and is_public(key) else None
-
-
-def _own_hosts(gateway: Gateway, base: Base) -> tuple[str, ...]:
-    public = gateway.settings.public_url
-    return (
-        urlsplit(base.root).netloc.lower(),
-        urlsplit(public).netloc.lower() if public else "",
-        *FAL_HOSTS,
-        *MEDIA_HOSTS,
-    )
 
 
 def _bad_input(field: str, kind: str, msg: str, value: str, ctx: Mapping[str, Any] | None = None) -> InvalidInput:

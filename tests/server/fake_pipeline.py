@@ -17,6 +17,7 @@ from server.settings import Settings
 from weights.store import WeightStore
 
 MAX_SIDE_PX = 4096
+DEFAULT_STEPS = 10  # of pipelines without such a parameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class FakeResult:
     height: int
     seed: int
     timings: dict[str, float]
+    caption: str = "a picture"
 
 
 class FakePipeline:
@@ -39,21 +41,23 @@ class FakePipeline:
         stages = Stages(progress)
         with stages.stage("decode"):
             picture = decode(image)
-        if params["prompt"].startswith("broken device"):
+        prompt = params.get("prompt", "")
+        if prompt.startswith("broken device"):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        if params["prompt"].startswith("broken code"):
+        if prompt.startswith("broken code"):
             raise KeyError("nobody thought of this")
-        if params["prompt"].startswith("deadly"):
+        if prompt.startswith("deadly"):
             os._exit(9)
-        with stages.stage("denoise", params["num_inference_steps"]) as step:
-            for n in range(params["num_inference_steps"]):
+        num_steps = params.get("num_inference_steps", DEFAULT_STEPS)
+        with stages.stage("denoise", num_steps) as step:
+            for n in range(num_steps):
                 time.sleep(self.step_s)
                 step(n + 1)
         size = (round(picture.width * params["scale"]), round(picture.height * params["scale"]))
         with stages.stage("png"):
             picture.resize(size).save(output, "PNG")
         timings = stages.timings | {"inference": sum(stages.timings.values())}
-        return FakeResult(width=size[0], height=size[1], seed=params["seed"], timings=timings)
+        return FakeResult(width=size[0], height=size[1], seed=params.get("seed", 0), timings=timings)
 
 
 def decode(data: bytes) -> Image.Image:
@@ -80,4 +84,6 @@ def load_fake(store: WeightStore, device: str, settings: Settings) -> FakePipeli
     return FakePipeline(float(os.environ.get("FAKE_STEP_S", "0.001")))
 
 
-PIPELINES = {"creative_upscaler": load_fake}
+PIPELINES = dict.fromkeys(
+    ("creative_upscaler", "clarity_upscaler", "crystal_upscaler", "flux_vision_upscaler"), load_fake
+)

@@ -64,10 +64,10 @@ const VERBS = {
   cancel: (fal, options) => fal.queue.cancel(ENDPOINT, options),
 
   /** Reports ids and updates as they come; `cancelAt` cancels once that many lines were logged. */
-  async subscribe(fal, { cancelAt, ...options }, notes) {
+  async subscribe(fal, { cancelAt, endpoint = ENDPOINT, ...options }, notes) {
     Object.assign(notes, { ids: [], updates: [] });
     let isCancelled = false;
-    return fal.subscribe(ENDPOINT, {
+    return fal.subscribe(endpoint, {
       ...options,
       onEnqueue: (requestId) => notes.ids.push(requestId),
       onQueueUpdate: (update) => {

@@ -233,11 +233,15 @@ def test_files_of_ours_are_read_from_the_store(client: TestClient, slot: FakeSlo
     """A result may be the next input, without a detour over the network, and stays for as long as it is needed."""
     asyncio.run(Storage.open(app_settings).put_bytes(PICTURE, b"x"))
     asyncio.run(slot.ledger.hold_blob(Blob(PICTURE, "upload", time.time() + 1)))
-    ours = slot.job(submit(client, {"image_url": f"http://127.0.0.1:8000/files/{PICTURE}"}))
-    other = slot.job(submit(client, {"image_url": f"http://elsewhere/files/{PICTURE}"}))
+    bases = ("http://127.0.0.1:8000", "https://localhost:8443", "http://[::1]:8000", "https://v3.fal.media")
+    ours = [slot.job(submit(client, {"image_url": f"{base}/files/{PICTURE}"}))["image"] for base in bases]
+    others = [
+        slot.job(submit(client, {"image_url": f"{base}/files/{PICTURE}"}))["image"]
+        for base in ("http://elsewhere", "http://localhost:8001")
+    ]
 
-    assert ours["image"] == f"blob:{PICTURE}"
-    assert other["image"].startswith("http://elsewhere/")
+    assert ours == [f"blob:{PICTURE}"] * 4
+    assert all(other.startswith("http") for other in others)
     assert asyncio.run(slot.ledger.sweep(time.time() + 3600)) == []
 
 
