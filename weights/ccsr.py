@@ -42,6 +42,7 @@ class Layout:
     tile_overlap: int = 32  # latents
     color_fix: Literal["none", "adain", "wavelet"] = "adain"
     round_trip_compensation: bool = False
+    noise_floor: float = 0.0  # how far the networks miss clean latents by themselves; such changes are left out
     channels_per_head: int = CHANNELS_PER_HEAD
     unet: str = "unet"
     controlnet: str = "controlnet"
