@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from pipelines.delivery import Result, deliver, opaque, recipe_of, write_png
+from pipelines.delivery import BIG_TIFF, PNG, Result, deliver, opaque, recipe_of, write_picture
 from pipelines.faces import NO_FACES, FaceDetector, FaceMap, load_detector
 from pipelines.images import Picture, decode
 from pipelines.models import Family, Models
@@ -65,10 +65,15 @@ class CrystalUpscaler:
     Args:
         models: Of one set of weights on one device.
         weights: What recipes say of the set.
+        tiff_from_px: Results of at least so many pixels are BigTIFF; None: all are PNG.
     """
 
-    def __init__(self, models: Models, *, weights: dict[str, Any]) -> None:
-        self.models, self.weights = models, weights
+    def __init__(self, models: Models, *, weights: dict[str, Any], tiff_from_px: int | None = None) -> None:
+        self.models, self.weights, self.tiff_from_px = models, weights, tiff_from_px
+
+    def content_type(self, width: int, height: int) -> str:
+        """What a result of this size is written as."""
+        return BIG_TIFF if self.tiff_from_px is not None and width * height >= self.tiff_from_px else PNG
 
     @torch.inference_mode()
     def __call__(self, image: bytes, params: Params, *, limits: Limits, output: BinaryIO, progress: Progress) -> Result:
@@ -87,9 +92,16 @@ class CrystalUpscaler:
             with stages.stage("preupscale"):
                 beat = partial(stages.beat, "preupscale")
                 bands = self.models.prestage().bands(opaque(picture), passes[0].size, beat)
-                write_png(bands, picture, recipe, output)
+                write_picture(bands, picture, recipe, output, content_type=self.content_type(*size))
         stages.timings["inference"] = time.perf_counter() - started
-        return Result(width=size[0], height=size[1], seed=params.seed, timings=stages.timings, recipe=recipe)
+        return Result(
+            width=size[0],
+            height=size[1],
+            seed=params.seed,
+            timings=stages.timings,
+            recipe=recipe,
+            content_type=self.content_type(*size),
+        )
 
     def _redraw(
         self,
@@ -119,7 +131,9 @@ class CrystalUpscaler:
             face_strength=FACE_STRENGTH,
         )
         upscale = StagedUpscale(self.models.prestage(), style, stages, family=family, faces=faces)
-        deliver(upscale.bands(opaque(picture), passes), family.canvas.vae, picture, recipe, output, stages)
+        bands = upscale.bands(opaque(picture), passes)
+        content_type = self.content_type(*size)
+        deliver(bands, family.canvas.vae, picture, recipe, output, stages, content_type=content_type)
         return recipe
 
     @cached_property

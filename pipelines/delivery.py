@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
 
@@ -19,11 +19,18 @@ from pipelines.images import Picture, bleed_edges, restore_profile, upscale_alph
 from pipelines.png import PngWriter
 from pipelines.progress import Stages
 from pipelines.redraw import Bands
+from pipelines.tiff import BigTiffWriter
 from pipelines.tiling import Grid
 from pipelines.vae import TiledVAE
 
 RECIPE_KEYWORD = "creative-upscaler"
 """The PNG text under which the recipe is found, whatever the pipeline."""
+
+ROWS_AT_ONCE = 128
+"""Rows that are made into bytes together, as many as the PNG compresses together."""
+
+PNG, BIG_TIFF = "image/png", "image/tiff"
+_WRITERS: Mapping[str, type[PngWriter | BigTiffWriter]] = {PNG: PngWriter, BIG_TIFF: BigTiffWriter}
 
 Watch = Callable[[NDArray[np.uint8]], None]
 """Sees the finished rows (rows, W, 3) on their way into the file; told again from the top when a decode is repeated."""
@@ -38,6 +45,7 @@ class Result:
     seed: int
     timings: dict[str, float]
     recipe: dict[str, Any]
+    content_type: str = PNG
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -98,6 +106,7 @@ def deliver(
     stages: Stages,
     *,
     watch: Watch | None = None,
+    content_type: str = PNG,
 ) -> None:
     """Decode a finished picture into a PNG, as stage `vae_decode`; in 32 bits where fewer overflow.
 
@@ -109,6 +118,7 @@ def deliver(
         output: Seekable binary stream.
         stages: Told of the stage.
         watch: Sees the pixels before the picture's own profile is applied.
+        content_type: `PNG` or `BIG_TIFF`.
 
     Raises:
         NonFiniteResult: In 32 bits too the decoder produces values that are not finite.
@@ -117,7 +127,7 @@ def deliver(
         start = output.tell()
         overflowed = False
         try:
-            write_png(bands(vae), picture, recipe, output, watch)
+            write_picture(bands(vae), picture, recipe, output, watch, content_type)
         except NonFiniteResult:
             overflowed = vae.dtype != torch.float32
             if not overflowed:
@@ -125,26 +135,32 @@ def deliver(
         if overflowed:
             stages.remark("vae_decode", "The 16-bit decode overflowed; decoding again in 32 bits.")
             output.truncate(output.seek(start))
-            write_png(bands(vae.in_float32()), picture, recipe, output, watch)
+            write_picture(bands(vae.in_float32()), picture, recipe, output, watch, content_type)
 
 
-def write_png(
-    bands: Iterator[Tensor], picture: Picture, recipe: dict[str, Any], output: BinaryIO, watch: Watch | None = None
+def write_picture(
+    bands: Iterator[Tensor],
+    picture: Picture,
+    recipe: dict[str, Any],
+    output: BinaryIO,
+    watch: Watch | None = None,
+    content_type: str = PNG,
 ) -> None:
-    """Write bands as PNG with the picture's own alpha channel and colour profile, and the recipe as text."""
+    """Write bands as PNG or BigTIFF, with the picture's own alpha channel and colour profile, and the recipe."""
     width, height = recipe["output"]["width"], recipe["output"]["height"]
     alpha = None if picture.alpha is None else np.asarray(upscale_alpha(picture.alpha, (width, height)))
     mode = "RGB" if alpha is None else "RGBA"
     text = {RECIPE_KEYWORD: json.dumps(recipe)}
-    with PngWriter(output, width, height, mode=mode, icc_profile=picture.icc_profile, text=text) as png:
+    writer = _WRITERS[content_type]
+    with writer(output, width, height, mode=mode, icc_profile=picture.icc_profile, text=text) as file:
         top = 0
-        for band in bands:
-            pixels = to_pixels(band)
+        for rows in (rows for band in bands for rows in band.split(ROWS_AT_ONCE, dim=-2)):
+            pixels = to_pixels(rows)
             if watch is not None:
                 watch(pixels)
             if picture.icc_profile is not None:
                 pixels = np.asarray(restore_profile(Image.fromarray(pixels), picture.icc_profile))
             if alpha is not None:
                 pixels = np.dstack([pixels, alpha[top : top + len(pixels)]])
-            png.write(np.ascontiguousarray(pixels))
+            file.write(np.ascontiguousarray(pixels))
             top += len(pixels)

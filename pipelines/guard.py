@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipelines.delivery import deliver, write_png
+from pipelines.delivery import deliver, write_picture
 from pipelines.images import Picture
 from pipelines.progress import Stages
 from pipelines.redraw import Bands
@@ -101,7 +101,7 @@ def deliver_black(picture: Picture, recipe: dict[str, Any], output: BinaryIO, st
     """Write an opaque black picture of the recipe's size, and say why."""
     stages.remark("safety", REPLACED)
     size = recipe["output"]["width"], recipe["output"]["height"]
-    write_png(_black(*size), replace(picture, alpha=None), recipe, output)
+    write_picture(_black(*size), replace(picture, alpha=None), recipe, output)
 
 
 def _black(width: int, height: int) -> Iterator[Tensor]:

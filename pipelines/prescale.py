@@ -25,7 +25,7 @@ TILE_PX = 1024
 """Side of the area that a network makes at once, of its result."""
 HALO_PX = 32
 """Margin of input around it: as far as large networks look, in practice."""
-BAND_PX = 2**21
+BAND_PX = 2**19
 """Most pixels in one band of a result, where the least height of a band allows."""
 LEAST_BAND_ROWS = 128
 """Of input: lower bands would compute more margin than picture."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 _LEVELS = 65_535
 _PIXEL_BYTES = 6
+_ROWS_AT_ONCE = 64
 
 
 class Pixels(Protocol):
@@ -53,8 +54,9 @@ class Spool:
 
     def append(self, band: Tensor) -> None:
         """Add rows (1, 3, rows, W), clamped to 0..1, below those that are there."""
-        levels = (band[0].float().clamp(0, 1) * _LEVELS).round_().permute(1, 2, 0)
-        self._file.write(levels.contiguous().cpu().numpy().astype(np.uint16).tobytes())
+        for rows in band[0].split(_ROWS_AT_ONCE, dim=-2):
+            levels = (rows.float().clamp(0, 1) * _LEVELS).round_().permute(1, 2, 0)
+            self._file.write(levels.cpu().numpy().astype(np.uint16).tobytes())
         self._rows += band.shape[-2]
 
     def __getitem__(self, key: Any, /) -> Tensor:

@@ -25,7 +25,7 @@ from server.engine.local import LocalEngine
 from server.ledger import Ledger, NewLog, Outcome, RequestRow, SlotRow
 from server.metrics import DispatcherMetrics
 from server.settings import Settings
-from server.storage import Storage, output_key
+from server.storage import OUTPUT_SUFFIXES, Storage, output_key
 from server.wakeup import Bell, ring
 from server.webhooks import SigningKey, WebhookSender
 
@@ -294,7 +294,8 @@ class Dispatcher:
             await self._ledger.append_logs(request_id, token, [NewLog(time.time(), "WARN", line)])
             await self._ledger.requeue(request_id, token)
             log.warning("request_requeued", request_id=request_id, attempts=row.attempt)
-        self._in_background(self._remove(output_key(request_id, token)))
+        for suffix in OUTPUT_SUFFIXES.values():
+            self._in_background(self._remove(output_key(request_id, token, suffix)))
         ring(self._settings.run_dir, "dispatcher")
         self._tell_gateway()
 

@@ -126,6 +126,11 @@ class Settings(BaseSettings):
     max_large_input_mp: float = Field(128.0, gt=0, description="Largest input with override_size_limits, megapixels.")
     max_large_output_mp: float = Field(512.0, gt=0, description="Largest result with override_size_limits, megapixels.")
     max_crystal_output_mp: float = Field(100.0, gt=0, description="Largest result of crystal-upscaler, megapixels.")
+    tiff_from_mp: float | None = Field(
+        None,
+        gt=0,
+        description="Results of crystal-upscaler from so many megapixels on are BigTIFF; unset, none.",
+    )
     clarity_loras: Names = Field(
         default_factory=list,
         description="Detail LoRAs of clarity-upscaler, each a safetensors file or `file:weight`.",

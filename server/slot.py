@@ -36,7 +36,7 @@ from server.inputs import DownloadFailed, Fetcher, FileTooLarge, MalformedDataUR
 from server.ledger.ledger import CANCELLED
 from server.ledger.states import NewLog, Outcome
 from server.settings import Settings
-from server.storage import Storage, output_key
+from server.storage import OUTPUT_SUFFIXES, Storage, output_key
 from server.weight_files import FileRefused, WeightFiles
 from weights.fetch import FileTooLarge as WeightsTooLarge
 from weights.store import WeightStore, open_store
@@ -130,7 +130,8 @@ def load_crystal_upscaler(open_models: Callable[[], Models], device: str, settin
     from pipelines.crystal_upscaler import CrystalUpscaler, Params
 
     models = open_models()
-    pipeline = CrystalUpscaler(models, weights=models.description)
+    tiff_from_px = None if settings.tiff_from_mp is None else int(settings.tiff_from_mp * 1e6)
+    pipeline = CrystalUpscaler(models, weights=models.description, tiff_from_px=tiff_from_px)
     limits = replace(limits_of(settings), max_output_pixels=int(settings.max_crystal_output_mp * 1e6))
     return lambda image, params, output, progress: pipeline(
         image, Params(**params), limits=limits, output=output, progress=progress
@@ -257,12 +258,13 @@ class SlotHost:
             with draft.open("w+b") as file:
                 rendered = self.render(work.job, image, file, diary.report)
             diary.poll()
-            key = output_key(work.request_id, work.token)
+            content_type = getattr(rendered, "content_type", "image/png")
+            key = output_key(work.request_id, work.token, OUTPUT_SUFFIXES[content_type])
             size_bytes = draft.stat().st_size
             self._storage.write_file(key, draft)
         facts = {
             "key": key,
-            "content_type": "image/png",
+            "content_type": content_type,
             "file_name": key.rpartition("/")[2],
             "file_size": size_bytes,
             "width": rendered.width,

@@ -30,6 +30,9 @@ KEY = re.compile(r"(?:[A-Za-z0-9_-][A-Za-z0-9_.-]{0,150}/){0,6}[A-Za-z0-9_-][A-Z
 PUBLIC = ("out/", "up/")
 """Keys that are served to whoever knows them."""
 
+OUTPUT_SUFFIXES = {"image/png": ".png", "image/tiff": ".tif"}
+"""What the files that are made end in, by content type."""
+
 CHUNK_BYTES = 2**20  # what is read at once; each chunk costs a change of threads
 MAX_NAME = 80
 TOKEN_BYTES = 15
@@ -103,12 +106,12 @@ def input_key(data: bytes) -> str:
     return f"in/{hashlib.sha256(data).hexdigest()}"
 
 
-def output_key(request_id: str, token: str) -> str:
+def output_key(request_id: str, token: str, suffix: str = ".png") -> str:
     """The key of the picture that an attempt makes; its secret is the attempt's.
 
     The dispatcher knows it as well, and can delete what an attempt stored that died before it could say so.
     """
-    return _secret_key("out", hashlib.sha256(token.encode()).digest(), f"{request_id}.png")
+    return _secret_key("out", hashlib.sha256(token.encode()).digest(), f"{request_id}{suffix}")
 
 
 def upload_key(name: str) -> str:

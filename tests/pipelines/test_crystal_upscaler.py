@@ -149,3 +149,24 @@ def test_a_long_strip_works(pipeline: CrystalUpscaler) -> None:
     picture, _, _ = run(pipeline, encoded(strip, "PNG"), FAITHFUL)
 
     assert picture.size == (32_000, 20)
+
+
+@pytest.mark.usefixtures("any_size")
+@pytest.mark.parametrize("strength", [0.0, 0.1])
+def test_large_results_are_bigtiff_where_the_operator_says_so(
+    pocket: WeightStore, crop: Image.Image, strength: float
+) -> None:
+    """From the given size on, with the recipe, the alpha channel and the same pixels as the PNG."""
+    crop = crop.copy()
+    crop.putalpha(200)
+    tiff = CrystalUpscaler(pocket_models(pocket), weights={}, tiff_from_px=128 * 96)
+    params = replace(CREATIVE, strength=strength, num_inference_steps=1)
+
+    picture, result, data_ = run(tiff, crop, params)
+    small, other, _ = run(tiff, crop, replace(params, scale=1.9))
+
+    assert (result.content_type, other.content_type) == ("image/tiff", "image/png")
+    assert data_[:4] == b"II+\0" and small.format == "PNG" and picture.mode == "RGBA"
+    assert "crystal_upscaler" in picture.tag_v2[270]
+    png, _, _ = run(CrystalUpscaler(tiff.models, weights={}), crop, params)
+    assert np.array_equal(np.asarray(png), np.asarray(picture))
