@@ -376,7 +376,7 @@ def mesh(image: Tensor, period: int) -> Tensor:
 def mesh_energy(family: Flux, vae: AutoencoderKL, *, moving: bool, num_seeds: int = 4) -> float:
     """Energy, in (1/255)^2, at the period of a token of a flat dark picture redrawn at half creativity."""
     start = encoded(vae, Image.new("RGB", (128, 128), (24, 22, 28)))
-    sigmas = flow_sigmas(0.5, 12, 0.55)
+    sigmas = flow_sigmas(0.5, 12, family.shift(24**2))
     text = family.encode("flat, black, dark, smooth, high quality")
     offsets = dict(zip(sigmas, token_offsets(12, 1), strict=False)) if moving else {}
     printed = torch.zeros(8, 8)
@@ -392,11 +392,13 @@ def mesh_energy(family: Flux, vae: AutoencoderKL, *, moving: bool, num_seeds: in
 def test_moving_the_token_grid_takes_a_mesh_away(
     family: Flux, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A network that prints its tokens into a flat dark picture: a moving grid leaves a tenth of the energy."""
+    """In a flat dark picture the energy at a token's period falls; of a network that prints its tokens, to a fifth."""
+    assert mesh_energy(family, vae, moving=True) < mesh_energy(family, vae, moving=False)
+
     pattern = 0.3 * torch.randn(64, generator=torch.Generator().manual_seed(3))
     layer = family.transformer.proj_out
     monkeypatch.setitem(layer._parameters, "bias", torch.nn.Parameter(layer.bias + pattern))
 
     still, moving = (mesh_energy(family, vae, moving=moving) for moving in (False, True))
 
-    assert moving < 0.1 * still, (moving, still)
+    assert moving < 0.2 * still, (moving, still)
