@@ -11,12 +11,13 @@ import pytest
 from PIL import Image
 
 from benchmarks import metrics
+from benchmarks.quality import borders
 from pipelines import clarity_upscaler
 from pipelines.clarity_upscaler import ClarityUpscaler, Params, plan_passes
 from pipelines.delivery import opaque
 from pipelines.images import decode
 from pipelines.progress import Report
-from pipelines.staged import StagedUpscale, in_doublings
+from pipelines.staged import in_doublings
 from tests.conftest import png_bytes
 from tests.pipelines.staging import KINDS, encoded, pocket_models, run
 from weights.store import WeightStore
@@ -88,6 +89,18 @@ def test_tile_batch_does_not_change_the_picture(
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
 
 
+def test_tile_borders_do_not_show(
+    pipeline: ClarityUpscaler, photo_crop: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradient across tile borders is about what it is there in the picture made as one tile."""
+    whole, _, _ = run(pipeline, photo_crop, QUICK)
+    monkeypatch.setattr(clarity_upscaler, "MAX_TILE_PX", 128)
+    tiled, result, _ = run(pipeline, photo_crop, QUICK)
+
+    assert len(result.recipe["tiles"]["lefts"]) > 1
+    assert metrics.border_gradient(tiled, whole, *borders(result.recipe)) <= 1.1
+
+
 def test_two_passes_leave_no_picture_between_them(pipeline: ClarityUpscaler, crop: Image.Image) -> None:
     """A factor above 2 runs twice, tells the seconds of every stage, and keeps the colours of the input."""
     reports: list[Report] = []
@@ -139,7 +152,6 @@ def test_the_hint_is_the_passs_input(
     hint = (seen[0]["hint"][0, :, :96, :128] * 255).permute(1, 2, 0).numpy()
     assert np.abs(hint - np.asarray(lanczos)).max() < 2
     assert seen[0]["soft_control"] is True
-    assert isinstance(StagedUpscale, type)
 
 
 @pytest.mark.parametrize("kind", KINDS)
