@@ -80,22 +80,23 @@ class Residency:
             load: Brings it onto the device.
             size_bytes: About how much room it will need there, to be made before it is loaded.
         """
-        resident = self._residents.get(key)
         self._in_use.add(key)
-        if resident is None:
-            self._make_room(Level.DEVICE, size_bytes)
-            started = time.perf_counter()
-            with torch.inference_mode(False):  # a model that outlives this request must not belong to its mode
+        # What outlives this request, copies of weights included, must not belong to its inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            resident = self._residents.get(key)
+            if resident is None:
+                self._make_room(Level.DEVICE, size_bytes)
+                started = time.perf_counter()
                 thing = load()
-            modules = modules_in(thing)
-            resident = _Resident(thing, modules, _bytes_of(modules), time.perf_counter() - started)
-            self._residents[key] = resident
-        elif resident.level is Level.HOST:
-            self._make_room(Level.DEVICE, resident.size_bytes)
-            self._raise(resident)
-        resident.uses += 1
-        resident.value = self._age + resident.uses * resident.load_s / max(resident.size_bytes, 1)
-        self._make_room(Level.DEVICE, 0)
+                modules = modules_in(thing)
+                resident = _Resident(thing, modules, _bytes_of(modules), time.perf_counter() - started)
+                self._residents[key] = resident
+            elif resident.level is Level.HOST:
+                self._make_room(Level.DEVICE, resident.size_bytes)
+                self._raise(resident)
+            resident.uses += 1
+            resident.value = self._age + resident.uses * resident.load_s / max(resident.size_bytes, 1)
+            self._make_room(Level.DEVICE, 0)
         return resident.thing
 
     @contextmanager

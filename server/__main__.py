@@ -441,14 +441,17 @@ def upscale(settings: Settings, endpoint: Endpoint[Any], image: Path, output: Pa
     for warning in job["warnings"]:
         console.print(f"[yellow]note:[/] {warning}")
     with console.status("loading"):
-        from server.slot import DeviceUnusable, LocalRun
+        from server.slot import DeviceUnusable, LocalRun, NotMade
 
         try:
             run = LocalRun(settings, device="cuda" if detect_gpus() else "cpu")
         except DeviceUnusable as error:
             raise CommandFailed(str(error)) from error
-    with stage_bars(console) as report:
-        made = run.make(job, image.read_bytes(), output, report)
+    try:
+        with stage_bars(console) as report:
+            made = run.make(job, image.read_bytes(), output, report)
+    except NotMade as error:
+        raise CommandFailed(str(error)) from error
     console.print(f"{made.width} x {made.height} px, seed {made.seed}, {made.timings['inference']:.1f} s")
     typer.echo(output)
 

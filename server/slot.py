@@ -25,6 +25,7 @@ from pipelines.errors import (
     InvalidParams,
     ModelsMissing,
     NonFiniteResult,
+    PipelineError,
     UnsupportedImageFormat,
 )
 from pipelines.progress import Progress, Report
@@ -190,13 +191,20 @@ class SlotHost:
     """
 
     def __init__(
-        self, settings: Settings, storage: Storage, scratch: Path, *, device: str, pipelines: Mapping[str, Load]
+        self,
+        settings: Settings,
+        storage: Storage,
+        scratch: Path,
+        *,
+        device: str,
+        pipelines: Mapping[str, Load],
+        reads_disk: bool = False,
     ) -> None:
         self.device, self.weights, self.detail = device, "", device
         self._settings, self._storage, self._scratch, self._loaders = settings, storage, scratch, pipelines
         self._pipelines: dict[str, Render] = {}
         self._models: Models | None = None
-        self._files = WeightFiles(settings, storage)
+        self._files = WeightFiles(settings, storage, reads_disk=reads_disk)
         self._fetcher = Fetcher(
             guarded_client(Reach.naming(settings.fetch_allow_hosts)),
             max_bytes=int(settings.max_download_mb * 2**20),
@@ -376,7 +384,7 @@ def outcome_of(error: Exception, fields: Mapping[str, str] | None = None) -> Out
         return model_error("value_error", str(error), loc=("body", (fields or {}).get(error.field, error.field)))
     if isinstance(error, FileRefused):
         loc = ("body", (fields or {}).get(error.parameter, error.parameter))
-        return outcome_of_file(error.__cause__, loc)
+        return outcome_of_file(error.cause, loc)
     if isinstance(error, NonFiniteResult | ModelsMissing):
         return model_error("internal_server_error", str(error))
     for kind, type, ctx in FAULTS:
@@ -385,7 +393,7 @@ def outcome_of(error: Exception, fields: Mapping[str, str] | None = None) -> Out
     return None
 
 
-def outcome_of_file(cause: BaseException | None, loc: tuple[str, str]) -> Outcome:
+def outcome_of_file(cause: Exception, loc: tuple[str, str]) -> Outcome:
     """How a request ends whose file of weights is at fault."""
     if isinstance(cause, WeightsTooLarge):
         return model_error("file_too_large", str(cause), loc=loc, ctx={"max_size": cause.max_bytes})
@@ -430,23 +438,31 @@ async def serve_slot(settings: Settings, slot_id: str, device: str, pipelines: M
     await SlotListener(settings.run_dir, slot_id, host).serve()
 
 
+class NotMade(Exception):
+    """A picture could not be made; the message says why."""
+
+
 class LocalRun:
     """Pictures made in this process, without socket, ledger or storage."""
 
     def __init__(self, settings: Settings, *, device: str, pipelines: Mapping[str, Load] = PIPELINES) -> None:
         """Load the pipelines; raises `WeightsMissing` or `DeviceUnusable`."""
         settings.make_folders()
-        self._host = SlotHost(settings, Storage.open(settings), settings.run_dir, device=device, pipelines=pipelines)
+        storage = Storage.open(settings)
+        self._host = SlotHost(settings, storage, settings.run_dir, device=device, pipelines=pipelines, reads_disk=True)
         self._host.load()
 
     def make(self, job: Mapping[str, Any], image: bytes, output: Path, progress: Progress) -> Rendered:
         """Make one picture; `output` changes only when it is complete.
 
         Raises:
-            PipelineError: The picture could not be made.
+            NotMade: The picture, the parameters or a file of weights are at fault.
         """
         with draft_at(output.with_name(f".{output.name}.part")) as draft:
             with draft.open("w+b") as file:
-                rendered = self._host.render(job, image, file, progress)
+                try:
+                    rendered = self._host.render(job, image, file, progress)
+                except (PipelineError, FileRefused) as error:
+                    raise NotMade(str(error)) from error
             draft.replace(output)
         return rendered

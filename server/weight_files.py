@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import quote
 
 from server.inputs import DownloadFailed, Fetcher, Reach, guarded_client
@@ -19,15 +20,15 @@ from weights import unpickle
 from weights.detect import check_checkpoint, check_embedding, check_lora
 from weights.fetch import Answer, FileTooLarge, Poll, WeightCache, WeightFile
 from weights.header import Header, UnsuitableFile, read_header
-from weights.hub import BaseFiles, BaseModels
+from weights.hub import BaseFiles, BaseModels, file_on_disk
 
 
 class FileRefused(Exception):
-    """A file that the request names cannot be had or used; the cause says why, `parameter` which."""
+    """A file that the request names for a parameter cannot be had or used; the cause says why."""
 
-    def __init__(self, parameter: str) -> None:
-        super().__init__(f"The file for {parameter} cannot be used.")
-        self.parameter = parameter
+    def __init__(self, parameter: str, cause: Exception) -> None:
+        super().__init__(f"The file for {parameter} {cause}." if isinstance(cause, UnsuitableFile) else str(cause))
+        self.parameter, self.cause = parameter, cause
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,13 @@ class Stored:
 
 
 class WeightFiles:
-    """Files of weights by reference, for one slot."""
+    """Files of weights by reference, for one slot.
 
-    def __init__(self, settings: Settings, storage: Storage) -> None:
-        self._storage = storage
+    With `reads_disk` a reference may be the path of a file on this machine: for who sits at it, never for a caller.
+    """
+
+    def __init__(self, settings: Settings, storage: Storage, *, reads_disk: bool = False) -> None:
+        self._storage, self._reads_disk = storage, reads_disk
         self._fetcher = Fetcher(
             guarded_client(Reach.naming(settings.fetch_allow_hosts)),
             max_bytes=0,
@@ -80,10 +84,17 @@ class WeightFiles:
             try:
                 found[parameter] = self._get(parameter, reference, family, poll)
             except (UnsuitableFile, FileTooLarge, DownloadFailed) as error:
-                raise FileRefused(parameter) from error
+                raise FileRefused(parameter, error) from error
         return found
 
     def _get(self, parameter: str, reference: str, family: str, poll: Poll) -> WeightFile | BaseFiles:
+        if self._reads_disk and (path := Path(reference).expanduser()).is_file():
+            file = file_on_disk(path)
+            if parameter != "base_model":
+                CHECKS[parameter](read_header(path), family)
+                return file
+            check_checkpoint(read_header(path), family)
+            return BaseFiles(name=file.name, files={"checkpoint": file})
         if parameter == "base_model":
             return self._bases.find(reference, lambda header: check_checkpoint(header, family), poll)
         check = CHECKS[parameter]

@@ -114,12 +114,12 @@ class BaseModels:
         folder, file = self.folder / name, self.folder / f"{name.removesuffix('.safetensors')}.safetensors"
         if file.is_file():
             check(read_header(file))
-            return BaseFiles(name=name, files={"checkpoint": _on_this_disk(file)})
+            return BaseFiles(name=name, files={"checkpoint": file_on_disk(file)})
         if not folder.is_dir():
             raise UnsuitableFile("is not known: give a URL, a repository owner/name, or a name this server has")
         present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
         chosen = _chosen(present)
-        return BaseFiles(name=name, files={part: _on_this_disk(folder / path) for part, path in chosen.items()})
+        return BaseFiles(name=name, files={part: file_on_disk(folder / path) for part, path in chosen.items()})
 
 
 def _chosen(present: set[str]) -> dict[str, str]:
@@ -149,7 +149,7 @@ def _check_json(path: Path) -> None:
         raise UnsuitableFile("is not the JSON that a model hub sends") from error
 
 
-def _on_this_disk(path: Path) -> WeightFile:
+def file_on_disk(path: Path) -> WeightFile:
     """A file of the operator's; what stands for its content is its place, size and time."""
     status = path.stat()
     told = f"{path}:{status.st_size}:{status.st_mtime_ns}"

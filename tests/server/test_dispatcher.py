@@ -172,6 +172,19 @@ def test_a_free_slot_takes_one_request(play: Play) -> None:
     play(story)
 
 
+def test_a_slot_hears_which_models_are_waited_for(play: Play) -> None:
+    """With each attempt go the kinds of requests that are queued, so that their models stay."""
+
+    async def story(scene: Scene) -> None:
+        await scene.submit("first")
+        await scene.submit("second")
+        await scene.dispatcher.step()
+
+        assert scene.engine.works[0].queued == ("p",)
+
+    play(story)
+
+
 def test_a_request_whose_slot_died_runs_again(play: Play) -> None:
     """The request goes back to its place, its log says so, and another attempt ends it."""
 

@@ -190,11 +190,11 @@ def test_run_hands_over_every_parameter(tmp_path: Path, settings: Settings, monk
     ("options", "text"),
     [
         (["--scale", "9"], "scale: Input should be less than or equal to 5"),
-        (["--model_type", "SDXL"], "model_type: model_type 'SDXL' is not supported"),
+        (["--model_type", "SD_3"], "model_type: Input should be 'SD_1_5' or 'SDXL'"),
     ],
 )
 def test_run_refuses_what_the_endpoint_refuses(tmp_path: Path, options: list[str], text: str) -> None:
-    """Ranges and unsupported values are checked before anything is loaded."""
+    """Ranges and values are checked before anything is loaded."""
     source = tmp_path / "in.png"
     Image.new("RGB", (20, 10), "teal").save(source)
 

@@ -18,7 +18,7 @@ from server.engine import Work
 from server.inputs import FileTooLarge
 from server.ledger import NewLog, Outcome
 from server.settings import Settings
-from server.slot import DeviceUnusable, Diary, LocalRun, SlotHost, line_of, outcome_of
+from server.slot import DeviceUnusable, Diary, LocalRun, NotMade, SlotHost, line_of, outcome_of
 from server.storage import Storage
 from tests.server.fake_pipeline import PIPELINES
 from weights import store as weight_store
@@ -208,6 +208,10 @@ def test_a_local_run_writes_its_picture_whole_or_not_at_all(settings: Settings, 
 
     with pytest.raises(KeyError):
         local.make(work(prompt="broken code").job, png(), output, lambda report: None)
+    with pytest.raises(NotMade, match="Failed to load the image"):
+        local.make(work().job, b"no picture", output, lambda report: None)
+    with pytest.raises(NotMade, match="Failed to download the file"):
+        local.make(work(additional_lora_url="nothing.safetensors").job, png(), output, lambda report: None)
     assert output.read_bytes() == b"before"
     made = local.make(work().job, png(), output, lambda report: None)
 

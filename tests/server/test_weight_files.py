@@ -227,6 +227,22 @@ def test_the_operators_own_base_models_have_names(settings: Settings) -> None:
             weights.get({"base_model": name}, "SD_1_5", lambda: None)
 
 
+def test_a_path_is_a_file_for_the_command_line_only(settings: Settings, tmp_path: Path) -> None:
+    """Who sits at the machine may name files on it; callers of the server may not."""
+    (tmp_path / "lora.safetensors").write_bytes(LORA)
+    (tmp_path / "word.safetensors").write_bytes(WORD)
+    wanted = {"lora": str(tmp_path / "lora.safetensors")}
+    local = WeightFiles(settings, Storage.open(settings), reads_disk=True)
+
+    found = local.get(wanted, "SD_1_5", lambda: None)["lora"]
+
+    assert isinstance(found, WeightFile) and found.stem == "lora"
+    with pytest.raises(FileRefused):
+        local.get({"lora": str(tmp_path / "word.safetensors")}, "SD_1_5", lambda: None)
+    with pytest.raises(FileRefused):
+        WeightFiles(settings, Storage.open(settings)).get(wanted, "SD_1_5", lambda: None)
+
+
 def test_a_download_ends_when_the_request_is_cancelled(host: SlotHost, files: FileServer) -> None:
     """Nobody waits for gigabytes that nobody wants any more."""
     asked = 0
