@@ -22,7 +22,6 @@ class Ancestors:
 
     unet: dict[str, Tensor]
     controlnet: dict[str, Tensor]
-    hint_embedding: nn.Module
     text_encoder: dict[str, Tensor]
     prompt_embeds: Tensor
 
@@ -43,7 +42,6 @@ def ancestors(models: Path, text: str) -> Ancestors | None:
     return Ancestors(
         unet=_with_text(unet, prompt_embeds),
         controlnet=_with_text(controlnet, prompt_embeds),
-        hint_embedding=controlnet.controlnet_cond_embedding,
         text_encoder=text_encoder.state_dict(),
         prompt_embeds=prompt_embeds,
     )

@@ -17,8 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModelWithProjection
 
 from weights.pocket.denoising import DenoiserTrainee
+from weights.pocket.hint import HINT_CHANNELS
 from weights.pocket.inherit import ancestors, inherit
-from weights.pocket.loop import save_half
+from weights.pocket.loop import Options, save_half
 from weights.pocket.text import build_text_encoder, build_tokenizer, token_ids
 
 TIME_DIM = 8
@@ -71,6 +72,9 @@ class SdxlTrainee(DenoiserTrainee):
     name = "sdxl"
     learning_rate = 8e-4
 
+    def __init__(self, options: Options, *, side_px: int = 128, num_portions: int = 32) -> None:
+        super().__init__(options, side_px=side_px, num_portions=num_portions)
+
     def build(self) -> nn.ModuleDict:
         """See `DenoiserTrainee.build`."""
         self.tokenizers = build_tokenizer(), build_tokenizer()
@@ -81,10 +85,10 @@ class SdxlTrainee(DenoiserTrainee):
         trained = ancestors(self.options.models, "")
         controlnet: Any
         if trained is None:
-            controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32, 64))
+            controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=HINT_CHANNELS)
         else:
             silence(unet, inherit(unet, trained.unet))
-            controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32, 64))
+            controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=HINT_CHANNELS)
             silence(controlnet, inherit(controlnet, trained.controlnet))
             inherit(first, trained.text_encoder)
             inherit(second.text_model, trained.text_encoder)
