@@ -243,7 +243,7 @@ def test_log_tells_the_steps_that_are_made(pipeline: FluxVisionUpscaler, photo_c
     steps = [report.step for report in reports if report.stage == "denoise" and report.step and not report.seconds]
 
     assert steps == [1, 2, 3, 4, 5]
-    assert [report.message for report in reports if report.message] == ["denoise: 5 steps from noise level 0.130"]
+    assert [report.message for report in reports if report.message] == ["denoise: 5 steps from noise level 0.079"]
     assert result.timings["inference"] >= result.timings["denoise"] > 0
 
 
@@ -278,5 +278,5 @@ def test_creativity_means_the_same_at_every_size(pipeline: FluxVisionUpscaler) -
     """Noise levels follow the profile's tile, not the picture; those of flux1-dev are the published ones."""
     levels = pipeline.sigmas(replace(QUICK, num_inference_steps=20))
 
-    assert len(levels) == 21 and levels[0] == pytest.approx(0.130, abs=1e-3)
+    assert len(levels) == 21 and levels[0] == pytest.approx(0.079, abs=1e-3)
     assert PROFILES["flux1-dev"].max_tile_px // 16 == 80
