@@ -107,6 +107,7 @@ def test_t5_reads_words_and_anything_else() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
 def test_recipe_trains_and_exports(tmp_path: Path) -> None:
     """A few steps on few pictures lower nothing yet, but what they write is loaded as the service loads it."""
     models = tmp_path / "models"
