@@ -68,9 +68,9 @@ class Tones:
 
     @classmethod
     def of(cls, strength: float, scale: float) -> Tones:
-        """For a pass that enlarges by `scale`: structures of about four pixels of the input are known, not imagined."""
-        levels = 2 + round(math.log2(scale))
-        return cls(amount=faithfulness(strength), levels=levels, chroma_levels=max(1, levels - 2))
+        """For a pass that enlarges by `scale`: structures of about two pixels of the input are known, not imagined."""
+        levels = 1 + round(math.log2(scale))
+        return cls(amount=faithfulness(strength), levels=levels, chroma_levels=max(1, levels - 1))
 
 
 class Canvas:

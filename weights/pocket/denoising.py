@@ -101,7 +101,8 @@ class DenoiserTrainee:
         noise = torch.randn(samples.target.shape, generator=generator).to(device)
         noisy = alpha * (samples.target + unresolved * (samples.start - samples.target)) + deviation * noise
         wanted = (noisy - alpha * samples.target) / deviation
-        strength = torch.from_numpy(rng.uniform(0.2, 1.3, count) * (rng.random(count) >= 0.08)).to(device)
+        strengths = np.exp(rng.uniform(np.log(0.2), np.log(1.3), count)) * (rng.random(count) >= 0.08)
+        strength = torch.from_numpy(strengths).to(device)
         without_text = torch.from_numpy(rng.random(count) < 0.1).to(device)
         tokens = torch.where(without_text[:, None], self.no_tokens, samples.tokens)
         predicted = self.predict(noisy, timesteps.to(device), tokens, samples.hint, strength)

@@ -6,12 +6,16 @@ The network predicts the noise (epsilon) on the schedule of SD 1.5; `denoising` 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from weights.pocket.data import Corpus
+from weights.pocket.degrade import to_tensor
 from weights.pocket.denoising import DenoiserTrainee
+from weights.pocket.hint import HINT_CHANNELS, begin_as_codec, begin_as_difference
 from weights.pocket.loop import save_half
 from weights.pocket.text import build_text_encoder, build_tokenizer, token_ids
 
@@ -42,13 +46,19 @@ class Sd15Trainee(DenoiserTrainee):
     """UNet, ControlNet and text encoder."""
 
     name = "sd15"
+    learning_rate = 7e-4
 
     def build(self) -> nn.ModuleDict:
         """See `DenoiserTrainee.build`."""
         self.tokenizer = build_tokenizer()
         text_encoder = build_text_encoder(self.tokenizer)
         unet = build_unet(text_encoder.config.hidden_size)
-        controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32, 64))
+        begin_as_difference(unet)
+        controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=HINT_CHANNELS)
+        corpus = Corpus(self.options.seed + 4, num_drawings=min(60, self.options.num_drawings), photo_share=0.6)
+        pixels, _ = corpus.batch(np.random.default_rng(self.options.seed), 96, 64)
+        vae = AutoencoderKL.from_pretrained(self.options.models / "vae")
+        begin_as_codec(controlnet, vae, to_tensor(pixels))
         return nn.ModuleDict({"unet": unet, "controlnet": controlnet, "text_encoder": text_encoder})
 
     def tokenize(self, captions: list[str]) -> Tensor:
