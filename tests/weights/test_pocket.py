@@ -16,7 +16,7 @@ from weights.pocket.captions import COLOURS, describe
 from weights.pocket.data import PHOTO_WORDS, PHOTOS, Corpus, draw_picture
 from weights.pocket.degrade import to_tensor
 from weights.pocket.loop import Options, train
-from weights.pocket.text import ALL_FAULTS, token_ids
+from weights.pocket.text import ALL_FAULTS, MERGES, build_tokenizer, learn_merges, token_ids
 from weights.pocket.train import main
 from weights.pocket.train_sd15 import Sd15Trainee
 from weights.pocket.train_upscaler import UpscalerTrainee
@@ -146,6 +146,14 @@ def test_caption_words_and_commas_are_single_tokens(tokenizer: CLIPTokenizer) ->
     num_words = sum(len(fault.split()) for fault in ALL_FAULTS)
     assert len(tokens) == num_words + len(ALL_FAULTS) - 1
     assert tokens.count(",</w>") == len(ALL_FAULTS) - 1
+
+
+def test_the_tokenizer_is_built_as_it_was_trained_with(tokenizer: CLIPTokenizer) -> None:
+    """Its merges can still be learnt from the words, and what is built has the committed one's vocabulary."""
+    learnt = learn_merges()
+
+    assert build_tokenizer().get_vocab() == tokenizer.get_vocab()
+    assert len(learnt) == len(MERGES.read_text(encoding="utf-8").splitlines())
 
 
 def test_prompts_are_padded_to_the_positions_of_the_encoder(tokenizer: CLIPTokenizer) -> None:

@@ -16,6 +16,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 NUM_POSITIONS = 77
 VOCABULARY_SIZE = 1600
 WORDS = Path(__file__).parent / "words.txt"
+MERGES = Path(__file__).parent / "merges.txt"
 
 # Words of the service's default negative prompt, in its order.
 ALL_FAULTS = (
@@ -36,13 +37,13 @@ def known_words() -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(caption_words)), WORDS.read_text(encoding="utf-8").split()
 
 
-def build_tokenizer() -> CLIPTokenizer:
-    """A byte-level CLIP tokenizer whose merges are learnt from `words.txt` and the captions' words.
+def learn_merges() -> list[tuple[str, str]]:
+    """The merges of byte pairs that `words.txt` and the captions' words suggest, most useful first.
 
-    It takes any text: what is no known word falls into pieces, at worst into bytes. A comma is one token.
+    Pairs that are equally frequent come in another order in every process, and a trained text encoder knows one order
+    only: `merges.txt` holds it.
     """
     caption_words, frequent_words = known_words()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(
@@ -50,11 +51,21 @@ def build_tokenizer() -> CLIPTokenizer:
         min_frequency=1,
         show_progress=False,
         end_of_word_suffix="</w>",
-        initial_alphabet=alphabet,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     # Words that captions use weigh more, so that their merges come first.
     learner.train_from_iterator(caption_words * 50 + frequent_words, trainer)
-    merges = [(first, second) for first, second in json.loads(learner.to_str())["model"]["merges"]]
+    return [(first, second) for first, second in json.loads(learner.to_str())["model"]["merges"]]
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A byte-level CLIP tokenizer with the merges of `merges.txt`.
+
+    It takes any text: what is no known word falls into pieces, at worst into bytes. A comma is one token.
+    """
+    lines = MERGES.read_text(encoding="utf-8").splitlines()
+    merges = [(first, second) for first, _, second in (line.partition(" ") for line in lines)]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     symbols = [*alphabet, *(f"{symbol}</w>" for symbol in alphabet), *(first + second for first, second in merges)]
     # The annotation of CLIPTokenizer asks for strings; its BPE takes pairs only.
     vocabulary = {symbol: index for index, symbol in enumerate([*dict.fromkeys(symbols), START, END])}
