@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -39,6 +39,17 @@ class Image(File):
 
     width: int | None = Field(None, description="The width of the image in pixels.", examples=[1024])
     height: int | None = Field(None, description="The height of the image in pixels.", examples=[1024])
+
+
+def stored_image(result: Mapping[str, Any]) -> dict[str, Any]:
+    """An `Image` of what a slot stored; its URL is completed when the body is sent, see `BLOB`."""
+    facts = ("content_type", "file_name", "file_size", "width", "height")
+    return {"url": BLOB + result["key"], **{fact: result[fact] for fact in facts}}
+
+
+def rounded(timings: Mapping[str, float]) -> dict[str, float]:
+    """Seconds by stage, to the millisecond."""
+    return {stage: round(seconds, 3) for stage, seconds in timings.items()}
 
 
 class Base(NamedTuple):

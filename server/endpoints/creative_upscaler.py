@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from server.endpoints.endpoint import Endpoint, Job
 from server.endpoints.fields import Prompt, Seed, Text
-from server.schemas import BLOB, Image
+from server.schemas import Image, stored_image
 
 NEGATIVE_PROMPT = (
     "blurry, low resolution, bad, ugly, low quality, pixelated, interpolated, compression artifacts, noisey, grainy"
@@ -175,14 +175,7 @@ def translate(parsed: CreativeUpscalerInput) -> Job:
 def output(result: Mapping[str, Any]) -> dict[str, Any]:
     """fal's output for a stored picture."""
     return {
-        "image": {
-            "url": BLOB + result["key"],
-            "content_type": result["content_type"],
-            "file_name": result["file_name"],
-            "file_size": result["file_size"],
-            "width": result["width"],
-            "height": result["height"],
-        },
+        "image": stored_image(result),
         "seed": result["seed"],
     }
 

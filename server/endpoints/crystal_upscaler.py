@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from server.endpoints.endpoint import Endpoint, Job
 from server.endpoints.fields import Text
-from server.schemas import BLOB, Image
+from server.schemas import Image, stored_image
 
 LEAST_STRENGTH, STRENGTH_PER_CREATIVITY = 0.10, 0.045
 CONTROL_LOSS_PER_CREATIVITY = 0.04
@@ -67,18 +67,7 @@ def translate(parsed: CrystalUpscalerInput) -> Job:
 
 def output(result: Mapping[str, Any]) -> dict[str, Any]:
     """fal's output for a stored picture."""
-    return {
-        "images": [
-            {
-                "url": BLOB + result["key"],
-                "content_type": result["content_type"],
-                "file_name": result["file_name"],
-                "file_size": result["file_size"],
-                "width": result["width"],
-                "height": result["height"],
-            }
-        ]
-    }
+    return {"images": [stored_image(result)]}
 
 
 CRYSTAL_UPSCALER = Endpoint(

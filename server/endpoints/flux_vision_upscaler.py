@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from server.endpoints.endpoint import Endpoint, Job
 from server.endpoints.fields import Seed, Text
-from server.schemas import BLOB, Image
+from server.schemas import Image, rounded, stored_image
 
 
 class FluxVisionUpscalerInput(BaseModel):
@@ -90,16 +90,9 @@ def translate(parsed: FluxVisionUpscalerInput) -> Job:
 def output(result: Mapping[str, Any]) -> dict[str, Any]:
     """fal's output for a stored picture; seconds by stage, `inference` for all of them."""
     return {
-        "image": {
-            "url": BLOB + result["key"],
-            "content_type": result["content_type"],
-            "file_name": result["file_name"],
-            "file_size": result["file_size"],
-            "width": result["width"],
-            "height": result["height"],
-        },
+        "image": stored_image(result),
         "seed": result["seed"],
-        "timings": {stage: round(seconds, 3) for stage, seconds in result["timings"].items()},
+        "timings": rounded(result["timings"]),
         "caption": result["caption"],
     }
 
