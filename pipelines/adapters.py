@@ -125,7 +125,7 @@ def _fits(module: nn.Module, change: Change) -> bool:
     num_in, num_out = change.down.shape[1], change.up.shape[0]
     if isinstance(module, nn.Linear):
         # A 1 x 1 convolution is a matrix to the files of others.
-        is_matrix = change.mid is None and change.down[0, 0].numel() == 1
+        is_matrix = change.mid is None and change.down[0:1, 0:1].numel() == 1
         return is_matrix and (num_in, num_out) == (module.in_features, module.out_features)
     if not isinstance(module, nn.Conv2d) or module.groups != 1:
         return False

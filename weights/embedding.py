@@ -20,6 +20,8 @@ from weights.header import Header, UnsuitableFile, read_header
 
 MAX_VECTORS = 750
 """Ten chunks of a prompt; published files have one to about a hundred."""
+MAX_WIDTH = 8192
+"""Numbers of a vector; the largest text encoder in use takes 4096."""
 _BY_WIDTH = {768: "Stable Diffusion 1.5", 1024: "Stable Diffusion 2", 1280: "SDXL's second text encoder"}
 
 
@@ -42,7 +44,9 @@ def read_embedding(path: Path) -> Embedding:
     with safe_open(path, framework="pt") as tensors:
         if missing := [name for name in names if name not in header.tensors]:
             raise UnsuitableFile(f"lacks the vectors {missing[0]!r} of the other text encoder")
-        vectors = tuple(_vectors(tensors.get_tensor(name), name) for name in names)
+        for name in names:
+            _check_shape(header.tensors[name].shape, name)  # before any of it is read: it may be huge
+        vectors = tuple(_vectors(tensors.get_tensor(name)) for name in names)
     if len({len(rows) for rows in vectors}) > 1:
         raise UnsuitableFile("has different numbers of vectors for the two text encoders")
     return Embedding(vectors)
@@ -72,13 +76,18 @@ def _single(header: Header) -> list[str]:
     return list(header.tensors)
 
 
-def _vectors(tensor: Tensor, name: str) -> Tensor:
-    rows = tensor[None] if tensor.ndim == 1 else tensor
-    if rows.ndim != 2 or not 1 <= len(rows) <= MAX_VECTORS or not rows.is_floating_point():
+def _check_shape(shape: tuple[int, ...], name: str) -> None:
+    rows = (1, *shape) if len(shape) == 1 else shape
+    if len(rows) != 2 or not 1 <= rows[0] <= MAX_VECTORS or rows[1] > MAX_WIDTH:
+        raise UnsuitableFile(f"has {name[:80]!r} in the shape {shape}; expected 1 to {MAX_VECTORS} vectors")
+
+
+def _vectors(tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
         raise UnsuitableFile(
-            f"has {name[:80]!r} in the shape {tuple(tensor.shape)}; expected 1 to {MAX_VECTORS} vectors"
+            f"holds numbers of the kind {tensor.dtype}; expected 1 to {MAX_VECTORS} vectors of real ones"
         )
-    rows = rows.float()
+    rows = (tensor[None] if tensor.ndim == 1 else tensor).float()
     if not bool(rows.isfinite().all()):
         raise UnsuitableFile("holds numbers that are not finite")
     return rows

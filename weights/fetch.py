@@ -186,6 +186,7 @@ class WeightCache:
             try:
                 with self._open(wanted.url, _headers(partial, entry), wanted.poll) as answer:
                     if answer.status_code == 304 and entry is not None:
+                        _forget(partial)  # of another file, and of no use
                         return replace(entry, checked_at=time.time())
                     if answer.status_code == 416:
                         _forget(partial)

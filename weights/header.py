@@ -14,11 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError, safe_open
+
 MAX_HEADER_BYTES = 100 * 2**20
 """The limit of the safetensors library itself."""
 SNIFF_BYTES = 64
 """How much of a file's beginning `sniff` wants to see."""
 MAX_DIMENSIONS = 8
+MAX_NUMBER = 2**48
+"""Of bytes or numbers along one side: far more than any file has, and products of them stay short."""
 ITEM_BYTES = {
     "F64": 8,
     "F32": 4,
@@ -80,14 +84,18 @@ def sniff(head: bytes) -> None:
         raise UnsuitableFile("is a Git LFS pointer, not the weights it stands for")
     if len(head) < 9:
         raise UnsuitableFile(f"has {len(head)} bytes, which is no safetensors file")
-    announced = int.from_bytes(head[:8], "little")
-    if announced > MAX_HEADER_BYTES or head[8:9] != b"{":
+    if not _announces_header(head):
         raise UnsuitableFile("is not a safetensors file")
 
 
 def is_pickle(head: bytes) -> bool:
     """Whether a file that begins so is what torch.save writes."""
-    return head.startswith(b"PK\x03\x04") or _PICKLE.match(head) is not None
+    # The length of one header in 2048 looks like the beginning of a pickle.
+    return head.startswith(b"PK\x03\x04") or (_PICKLE.match(head) is not None and not _announces_header(head))
+
+
+def _announces_header(head: bytes) -> bool:
+    return int.from_bytes(head[:8], "little") <= MAX_HEADER_BYTES and head[8:9] == b"{"
 
 
 def read_header(path: Path) -> Header:
@@ -117,7 +125,17 @@ def read_header(path: Path) -> Header:
     _check_places(tensors.values(), size - 8 - length)
     if not tensors:
         raise UnsuitableFile("holds no tensors")
+    _check_library(path)
     return Header(tensors, metadata)
+
+
+def _check_library(path: Path) -> None:
+    """The library that reads the tensors later is stricter about the JSON than Python's own parser."""
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise UnsuitableFile("has a header that is not the JSON of a safetensors file") from error
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -134,7 +152,7 @@ def _checked(name: str, entry: Any) -> TensorInfo:
     except (KeyError, TypeError, ValueError) as error:
         raise UnsuitableFile(f"describes the tensor {name[:80]!r} in no known form") from error
     numbers = (*shape, begin, end)
-    if len(shape) > MAX_DIMENSIONS or not all(type(number) is int and number >= 0 for number in numbers):
+    if len(shape) > MAX_DIMENSIONS or not all(type(number) is int and 0 <= number <= MAX_NUMBER for number in numbers):
         raise UnsuitableFile(f"describes the tensor {name[:80]!r} in no known form")
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise UnsuitableFile(f"holds numbers of the kind {str(dtype)[:20]!r}, which are not read here")

@@ -191,8 +191,10 @@ def load_part(module: nn.Module, file: Path, sources: Mapping[str, Source], *, d
 
 def _take(tensor: Tensor, source: Source) -> Tensor:
     if source.third is not None:
+        if tensor.ndim == 0 or tensor.shape[0] % 3:
+            raise UnsuitableFile(f"has {source.name!r} in the shape {tuple(tensor.shape)}; expected three equal parts")
         tensor = tensor.chunk(3)[source.third]
-    return tensor.T if source.transposed else tensor
+    return tensor.T if source.transposed and tensor.ndim == 2 else tensor
 
 
 def _fitted(tensor: Tensor, shape: torch.Size, name: str) -> Tensor:

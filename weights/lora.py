@@ -104,7 +104,7 @@ def read_lora(path: Path) -> Lora:
                 raise UnsuitableFile(f"holds a tensor that belongs to no LoRA: {name[:120]!r}")
             part, layer, role = place
             if role:
-                layers[part, layer][role] = _finite(tensors.get_tensor(name), name)
+                layers[part, layer][role] = _finite(tensors.get_tensor(name), name, whole=role == "alpha")
     settings = _peft_settings(header)
     parts: dict[str, dict[str, Change]] = defaultdict(dict)
     for (part, layer), found in layers.items():
@@ -134,8 +134,9 @@ def _place(name: str) -> tuple[str, str, str] | None:
     return part, layer.replace(".", "_"), _ROLES.get(word, word)
 
 
-def _finite(tensor: Tensor, name: str) -> Tensor:
-    if not tensor.is_floating_point() or not bool(tensor.float().isfinite().all()):
+def _finite(tensor: Tensor, name: str, *, whole: bool) -> Tensor:
+    """The tensor, if it is one of finite numbers; `whole` allows integers, as kohya writes an alpha of 1."""
+    if not (tensor.is_floating_point() or whole) or not bool(tensor.float().isfinite().all()):
         raise UnsuitableFile(f"holds numbers that are not finite in {name[:120]!r}")
     return tensor
 
@@ -147,7 +148,9 @@ def _change(layer: str, found: dict[str, Tensor], settings: dict[str, Any]) -> C
     rank = down.shape[0]
     if down.ndim not in (2, 4) or up.ndim not in (2, 4) or up.shape[1] != rank or rank == 0:
         raise UnsuitableFile(f"has shapes in {layer!r} that do not fit together: {down.shape} and {up.shape}")
-    if mid is not None and (mid.ndim != 4 or mid.shape[:2] != (rank, rank)):
+    if up[0:1, 0:1].numel() != 1:
+        raise UnsuitableFile(f"has shapes in {layer!r} that do not fit together: {down.shape} and {up.shape}")
+    if mid is not None and (mid.ndim != 4 or mid.shape[:2] != (rank, rank) or down[0:1, 0:1].numel() != 1):
         raise UnsuitableFile(f"has shapes in {layer!r} that do not fit together: {down.shape} and {mid.shape}")
     if "alpha" in found:
         if found["alpha"].numel() != 1:
@@ -155,6 +158,8 @@ def _change(layer: str, found: dict[str, Tensor], settings: dict[str, Any]) -> C
         return Change(down=down, up=up, mid=mid, scale=float(found["alpha"]) / rank)
     alpha = _pattern(layer, settings.get("alpha_pattern"), settings.get("lora_alpha", rank))
     root = math.sqrt(rank) if settings.get("use_rslora") else rank
+    if not math.isfinite(alpha):
+        raise UnsuitableFile(f"has an alpha for {layer!r} that is not a finite number")
     return Change(down=down, up=up, mid=mid, scale=alpha / root)
 
 
@@ -184,7 +189,7 @@ def _peft_settings(header: Header) -> dict[str, dict[str, Any]]:
             if key == "alpha_pattern":
                 value = {str(layer): float(alpha) for layer, alpha in (value or {}).items()}
             settings[part][key] = value
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UnsuitableFile("has settings of its LoRA that cannot be read") from error
     return settings
 

@@ -63,3 +63,12 @@ def test_an_embedding_of_another_family_is_named(tmp_path: Path) -> None:
         fitting(sdxl, (768,))
     with pytest.raises(UnsuitableFile, match=r"Stable Diffusion 2"):
         fitting(sd2, (768, 1280))
+
+
+def test_a_huge_embedding_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The header says how large its vectors are; those of no text encoder never come into memory."""
+    path = saved(tmp_path, {"emb_params": torch.ones(1, 9000)})
+    monkeypatch.setattr("weights.embedding._vectors", lambda tensor: pytest.fail("was read"))
+
+    with pytest.raises(UnsuitableFile, match=r"\(1, 9000\)"):
+        read_embedding(path)

@@ -266,3 +266,11 @@ def test_a_pickle_is_converted_where_the_operator_allows_it(tmp_path: Path, file
     assert found.stem == "word"
     assert not (tmp_path / "made").exists()
     assert kept(tmp_path) == [found.path.name]
+
+
+def test_a_pickle_of_tensors_larger_than_itself_is_refused(tmp_path: Path, files: FileServer) -> None:
+    """One number can be repeated without end in a pickle; it would be written out in full."""
+    files.pages["/bomb.pt"] = Page(pickled({"emb_params": torch.zeros(1).expand(2**24)}))
+
+    with pytest.raises(UnsuitableFile, match="cannot be read"):
+        cache(tmp_path, files, convert=unpickle.convert).fetch(files.url("/bomb.pt"), read_header)

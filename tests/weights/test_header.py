@@ -39,6 +39,14 @@ def test_a_file_of_the_library_is_read(tmp_path: Path) -> None:
     assert header.metadata == {"made by": "us"}
 
 
+@pytest.mark.parametrize("length", [0x280, 0x580, 0x10380])
+def test_a_length_that_looks_like_a_pickle_is_no_pickle(tmp_path: Path, length: int) -> None:
+    """One header in 2048 has a length whose bytes are those that a pickle begins with."""
+    header = json.dumps({"a": entry(0, 4)}).encode().ljust(length)
+
+    assert read_header(write(tmp_path / "x", header, b"1234")).tensors.keys() == {"a"}
+
+
 @pytest.mark.parametrize(
     ("header", "data", "reason"),
     [
@@ -60,6 +68,15 @@ def test_a_file_of_the_library_is_read(tmp_path: Path) -> None:
         (b'{"a": 1, "a": 2}', b"", "JSON"),
         (b'{"a": ' + b"[" * 100_000, b"", "JSON"),
         (b"{" + b"\xff" * 20, b"", "JSON"),
+        ({"a": entry(0, 4, shape=[10**1000] * 8)}, b"1234", "no known form"),
+        ({"a": entry(0, 0, shape=[0, 2**64])}, b"", "no known form"),
+        (json.dumps({"a\ud800": entry(0, 4)}).encode(), b"1234", "JSON"),
+        (json.dumps({"a": entry(0, 4)}).encode("utf-16-le"), b"1234", "JSON"),
+        (
+            b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"x":' + b"[" * 300 + b"]" * 300 + b"}}",
+            b"1234",
+            "JSON",
+        ),
     ],
 )
 def test_a_header_that_lies_is_refused(tmp_path: Path, header: Any, data: bytes, reason: str) -> None:

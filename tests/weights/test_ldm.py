@@ -103,3 +103,14 @@ def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
         ldm.load_part(module, file, {"weight": ldm.Source("a"), "bias": ldm.Source("b")}, dtype=torch.float32)
 
     assert torch.equal(module.weight, before)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (4, 2)])
+def test_thirds_of_what_has_none_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """OpenCLIP keeps three matrices in one tensor; a file can have anything under that name."""
+    file = tmp_path / "x.safetensors"
+    save_file({"a": torch.zeros(shape), "b": torch.zeros(2)}, file)
+    sources = {"weight": ldm.Source("a", third=2), "bias": ldm.Source("b")}
+
+    with pytest.raises(UnsuitableFile, match="three equal parts"):
+        ldm.load_part(nn.Linear(2, 2), file, sources, dtype=torch.float32)

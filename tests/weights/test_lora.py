@@ -30,6 +30,8 @@ def test_alpha_over_rank_is_the_scale(tmp_path: Path) -> None:
     (change,) = with_alpha.parts["unet"].values()
     assert change.scale == 0.5
     assert next(iter(without.parts["unet"].values())).scale == 1.0
+    as_kohya_writes_its_default = read_lora(saved(tmp_path, PAIR | {f"{STEM}.alpha": torch.tensor(1)}))
+    assert next(iter(as_kohya_writes_its_default.parts["unet"].values())).scale == 0.25
     assert with_alpha.family == "Stable Diffusion 1.5"
     assert with_alpha.size_bytes == 4 * (4 * 768 + 320 * 4)
 
@@ -54,6 +56,12 @@ def test_pefts_settings_in_the_file_count(tmp_path: Path) -> None:
     [
         ({f"{STEM}.lora_down.weight": torch.ones(4, 768)}, "incomplete"),
         (PAIR | {f"{STEM}.lora_up.weight": torch.ones(320, 5)}, "do not fit together"),
+        (PAIR | {f"{STEM}.lora_up.weight": torch.ones(320, 4, 3, 3)}, "do not fit together"),
+        (
+            PAIR
+            | {f"{STEM}.lora_down.weight": torch.ones(4, 768, 3, 3), f"{STEM}.lora_mid.weight": torch.ones(4, 4, 3, 3)},
+            "do not fit together",
+        ),
         (PAIR | {f"{STEM}.lora_down.weight": torch.full((4, 768), float("nan"))}, "not finite"),
         (PAIR | {f"{STEM}.alpha": torch.ones(3)}, "not one number"),
         (PAIR | {f"{STEM}.dora_scale": torch.ones(320, 1)}, "DoRA"),
@@ -69,3 +77,13 @@ def test_what_cannot_be_applied_is_refused(tmp_path: Path, tensors: dict[str, Te
     """Other kinds of files, other kinds of adapters, and files with parts missing."""
     with pytest.raises(UnsuitableFile, match=reason):
         read_lora(saved(tmp_path, tensors))
+
+
+@pytest.mark.parametrize("alpha", ["NaN", "1e999", "1" + "0" * 400, '"many"'])
+def test_an_alpha_in_the_settings_that_is_no_number_is_refused(tmp_path: Path, alpha: str) -> None:
+    """The texts of a file come from strangers as well."""
+    tensors = {"unet.mid.to_q.lora_A.weight": torch.ones(4, 8), "unet.mid.to_q.lora_B.weight": torch.ones(8, 4)}
+    path = saved(tmp_path, tensors, {"lora_adapter_metadata": f'{{"unet.lora_alpha": {alpha}}}'})
+
+    with pytest.raises(UnsuitableFile, match=r"settings|alpha"):
+        read_lora(path)
