@@ -18,7 +18,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from weights.detect import check_checkpoint
+from weights.detect import check_checkpoint, check_unet
 from weights.header import Header, UnsuitableFile, read_header
 from weights.hub import BaseFiles
 from weights.ldm import (
@@ -141,7 +141,10 @@ def _place(base: BaseFiles, part: str, family: str, in_checkpoint: Callable[[Hea
     if part not in base.files:
         return None
     path = base.files[part].path
-    return path, _same_names(read_header(path), in_checkpoint)
+    header = read_header(path)
+    if part == UNET:
+        check_unet(header, family)
+    return path, _same_names(header, in_checkpoint)
 
 
 def _same_names(header: Header, in_checkpoint: Callable[[Header], Sources]) -> Sources:

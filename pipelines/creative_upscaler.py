@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from pipelines.adapters import applied, match
 from pipelines.caption import join_within_window
 from pipelines.delivery import Result, describe_tiles, opaque, recipe_of
-from pipelines.errors import CaptionFailed, InvalidParams
+from pipelines.errors import CaptionFailed, InvalidParams, NonFiniteResult
 from pipelines.guard import deliver_checked
 from pipelines.images import Picture, decode
 from pipelines.models import Family, Models
@@ -157,7 +157,8 @@ class CreativeUpscaler:
         if params.strength > 0:
             with applied(adapted.layers, params.lora_scale):
                 bands = self._redraw(before, grid, params, adapted, stages)
-        deliver_checked(bands, adapted.family.canvas.vae, picture, recipe, output, stages, checker)
+        with _blaming_files(params):
+            deliver_checked(bands, adapted.family.canvas.vae, picture, recipe, output, stages, checker)
         stages.timings["inference"] = time.perf_counter() - started
         return Result(width=size[0], height=size[1], seed=params.seed, timings=stages.timings, recipe=recipe)
 
@@ -184,6 +185,8 @@ class CreativeUpscaler:
         if params.embedding is not None:
             widths = tuple(encoder.config.hidden_size for encoder in family.model.text_encoders)
             with _blaming("embedding"):
+                if not params.embedding.stem.strip():
+                    raise UnsuitableFile("has no name, and its name is the word that stands for it in a prompt")
                 vectors = fitting(self.models.embedding(params.embedding), widths)
             embeddings = tuple({params.embedding.stem: rows} for rows in vectors)
         return Adapted(family, layers, embeddings)
@@ -316,3 +319,17 @@ def _blaming(field: str) -> Iterator[None]:
         yield
     except UnsuitableFile as error:
         raise InvalidParams(field, f"The file {error}.") from error
+
+
+@contextmanager
+def _blaming_files(params: Params) -> Iterator[None]:
+    """Numbers that are not finite are the fault of the file that the caller has brought, if there is one."""
+    try:
+        yield
+    except NonFiniteResult as error:
+        brought = {"lora": params.lora, "embedding": params.embedding, "base_model": params.base_model}
+        field = next((name for name, file in brought.items() if file is not None), None)
+        if field is None or params.strength == 0:
+            raise
+        way_out = f" Lower its scale, which is {params.lora_scale:g}." if field == "lora" else ""
+        raise InvalidParams(field, f"With the file the model computes numbers that are not finite.{way_out}") from error

@@ -34,21 +34,22 @@ class Lookout:
 
     Args:
         width: Of the whole picture in px.
-        height: Likewise. Rows beyond it begin the picture anew.
+        height: Likewise.
     """
 
     def __init__(self, width: int, height: int) -> None:
         self.factor = max(1, min(width, height) // LOOKOUT_SIDE_PX)
         self._height = height
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was seen: the picture comes from the top, maybe again."""
         self._seen = 0
         self._waiting: NDArray[np.uint8] = np.empty((0, 0, 3), np.uint8)
         self._reduced: list[NDArray[np.uint8]] = []
 
     def __call__(self, rows: NDArray[np.uint8]) -> None:
         """Take the next rows (N, W, 3)."""
-        if self._seen >= self._height:
-            self._seen = 0
-            self._reduced.clear()
         self._seen += len(rows)
         rows = np.concatenate([self._waiting, rows]) if len(self._waiting) else rows
         whole = len(rows) // self.factor * self.factor
@@ -88,7 +89,13 @@ def deliver_checked(
         return False
     start = output.tell()
     lookout = Lookout(recipe["output"]["width"], recipe["output"]["height"])
-    deliver(bands, vae, picture, recipe, output, stages, watch=lookout)
+
+    def watched(decoder: TiledVAE) -> Iterator[Tensor]:
+        # A decode that overflows may have shown any number of rows before it is repeated.
+        lookout.begin()
+        return bands(decoder)
+
+    deliver(watched, vae, picture, recipe, output, stages, watch=lookout)
     with stages.stage("safety"):
         unsafe = checker.is_unsafe(lookout.picture())
     if unsafe:

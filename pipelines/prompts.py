@@ -25,9 +25,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pipelines.errors import InvalidParams
+
 CHUNK_TOKENS = 75
 COMMA_SEARCH_TOKENS = 20
 """How far back a full chunk looks for a comma to end at."""
+MAX_CHUNKS = 450
+"""Of one prompt. Words of the lengths that endpoints accept make at most 427; more would be hours of attention to a
+textual inversion named again and again, or to a pile of BREAK."""
 MAX_WEIGHT = 100.0
 """Emphasis is limited to this in either direction: piles of brackets would overflow 16-bit numbers."""
 
@@ -100,6 +105,7 @@ def encode_prompts(
 
     Raises:
         ValueError: a textual inversion does not fit the text encoder.
+        InvalidParams: A prompt takes more than `MAX_CHUNKS` chunks.
     """
     chunked = _cut_prompts(prompts, tokenizer, text_encoder, embeddings or {})
     _even_out(chunked)
@@ -136,7 +142,7 @@ def encode_prompts_side_by_side(
         and on the device of the text encoders.
 
     Raises:
-        ValueError: As `encode_prompts`.
+        Exception: As `encode_prompts`.
     """
     of_encoders = [
         _cut_prompts(prompts, tokenizer, text_encoder, vectors)
@@ -228,12 +234,23 @@ def _chunks(spans: Sequence[Span], tokenizer: Any, vectors: Mapping[str, Tensor]
     for index, span in enumerate(spans):
         if span.begins_chunk and (span.text or index + 1 < len(spans)):
             chunks.append(_Chunk())
+            _check_length(chunks)
         for token, replacement in _tokens(span.text, tokenizer, vectors):
             chunk, length = chunks[-1], 1 if replacement is None else len(replacement)
             if len(chunk.tokens) + length > CHUNK_TOKENS:
                 chunks.append(chunk.split(_cut(chunk, token, comma)) if length == 1 else _Chunk())
+                _check_length(chunks)
             chunks[-1].append(token, span.weight, replacement)
     return chunks
+
+
+def _check_length(chunks: Sequence[_Chunk]) -> None:
+    if len(chunks) > MAX_CHUNKS:
+        raise InvalidParams(
+            "prompt",
+            f"The prompt takes more than {MAX_CHUNKS} chunks of {CHUNK_TOKENS} tokens; write BREAK or the word of an "
+            "embedding less often.",
+        )
 
 
 def _tokens(text: str, tokenizer: Any, vectors: Mapping[str, Tensor]) -> Iterator[tuple[int, Tensor | None]]:
@@ -244,7 +261,9 @@ def _tokens(text: str, tokenizer: Any, vectors: Mapping[str, Tensor]) -> Iterato
     for index, part in enumerate(parts):
         if index % 2:
             # A placeholder that occurs nowhere else; encoders pool at the first end token, so not that one.
-            for piece in vectors[part.lower()].split(CHUNK_TOKENS):
+            # Not by its lower case: some letters, such as the long s, count as others only when cases are ignored.
+            name = next(name for name in names if re.fullmatch(re.escape(name), part, flags=re.IGNORECASE))
+            for piece in vectors[name].split(CHUNK_TOKENS):
                 yield tokenizer.bos_token_id, piece
         elif part.strip():
             for token in tokenizer(part, add_special_tokens=False, truncation=False, verbose=False).input_ids:

@@ -158,11 +158,11 @@ class Residency:
             tensor.data = copy
 
     def _raise(self, resident: _Resident) -> None:
+        """Move a model to the device; where that fails half-way, the next request tries again."""
+        if self.device.type != "cpu":
+            for tensor in _tensors_of(resident.modules):
+                tensor.data = tensor.data.to(self.device, non_blocking=True)
         resident.level = Level.DEVICE
-        if self.device.type == "cpu":
-            return
-        for tensor in _tensors_of(resident.modules):
-            tensor.data = tensor.data.to(self.device, non_blocking=True)
 
 
 def modules_in(thing: Any) -> list[nn.Module]:

@@ -145,6 +145,21 @@ def check_checkpoint(header: Header, family: str) -> None:
         raise UnsuitableFile("is a base model that predicts velocity instead of noise")
 
 
+def check_unet(header: Header, family: str) -> None:
+    """Refuse what is no UNet of a family in diffusers' layout, the family given by fal's name.
+
+    Raises:
+        UnsuitableFile: It is something else, of another family, or was trained for another task.
+    """
+    found = detect(header)
+    if found.kind is not Kind.UNET:
+        raise UnsuitableFile(f"is {found}, not a UNet in diffusers' layout")
+    _check_family(found, family)
+    first = header.tensors.get("conv_in.weight")
+    if first is not None and first.shape[1:2] == (9,):  # a mask next to the picture
+        raise UnsuitableFile("is a base model for inpainting")
+
+
 def _check_family(found: Found, family: str) -> None:
     if found.family not in ("", FAMILY_NAMES[family]):
         raise UnsuitableFile(f"is {found}; the model_type of this request is {family}")

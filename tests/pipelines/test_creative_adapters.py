@@ -212,6 +212,41 @@ def test_an_unreadable_adapter_is_the_fault_of_its_parameter(
     assert caught.value.field == "lora"
 
 
+def test_a_lora_beyond_all_numbers_is_the_callers_fault(
+    pipeline: CreativeUpscaler, files: dict[str, Any], small: bytes
+) -> None:
+    """A scale that overflows is refused like any other value that is of no use, and nothing of it stays."""
+    with pytest.raises(InvalidParams, match="Lower its scale") as caught:
+        run(pipeline, small, lora=files["lora"], lora_scale=1e38)
+
+    assert caught.value.field == "lora"
+    assert not any(module._forward_hooks for root in shared(pipeline) for module in root.modules())
+
+
+def test_an_embedding_without_a_name_is_refused(
+    pipeline: CreativeUpscaler, files: dict[str, Any], small: bytes
+) -> None:
+    """Nothing in a prompt could stand for it; an empty word would stand everywhere."""
+    with pytest.raises(InvalidParams, match="has no name") as caught:
+        run(pipeline, small, prompt="a cat, a dog", embedding=replace(files["embedding"], name=""))
+
+    assert caught.value.field == "embedding"
+
+
+def test_a_folder_of_another_family_is_named(pipeline: CreativeUpscaler, small: bytes, tmp_path: Path) -> None:
+    """What a UNet was made for is said in words, not by the first tensor that does not fit."""
+    tensors = {
+        "down_blocks.0.resnets.0.conv1.weight": torch.zeros(1, 1, 3, 3),
+        "add_embedding.linear_1.weight": torch.zeros(1, 1),
+    }
+    save_file(tensors, tmp_path / "unet.safetensors")
+    base = BaseFiles(name="xl", files={"unet": weight_file(tmp_path / "unet.safetensors")})
+
+    with pytest.raises(InvalidParams, match="for SDXL; the model_type of this request is SD_1_5") as caught:
+        run(pipeline, small, base_model=base)
+    assert caught.value.field == "base_model"
+
+
 @pytest.mark.slow
 def test_memory_stays_flat_over_200_requests(pipeline: CreativeUpscaler, files: dict[str, Any], small: bytes) -> None:
     """Requests that alternate between adapters and none do not add up: at most 1 MB per 100."""

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from pipelines.errors import InvalidParams
 from pipelines.prompts import CHUNK_TOKENS, Span, encode_prompts, parse
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.:;!?()[]<>-_'"
@@ -232,6 +233,7 @@ def test_embedding_names_are_whole_words(tokenizer: CLIPTokenizer, text_encoder:
 
     one, two = torch.randn(1, 32), torch.randn(2, 32)
 
+    assert torch.equal(encode("a ſtyle", style=one), encode("a STYLE", style=one))
     assert torch.equal(encode("cats, cat-like", cat=one), encode("cats, cat-like"))
     assert not torch.equal(encode("a cat", cat=one), encode("a cat"))
     assert torch.equal(encode("bad cat", cat=one, **{"bad cat": two}), encode("bad cat", **{"bad cat": two}))
@@ -248,6 +250,15 @@ def test_an_embedding_of_any_length_is_used_whole(tokenizer: CLIPTokenizer, text
 
     assert encode(vectors).shape[1] == 3 * 77
     assert not torch.equal(encode(vectors)[:, 154:], encode(other)[:, 154:])
+
+
+def test_prompts_without_end_are_refused(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
+    """A long embedding named often, or BREAK after BREAK, would take all memory and hours."""
+    long = torch.randn(750, 32)
+
+    for prompt in ("a " * 2000, "BREAK " * 600):
+        with pytest.raises(InvalidParams, match="450 chunks"):
+            encode_prompts([prompt], tokenizer=tokenizer, text_encoder=text_encoder, embeddings={"a": long})
 
 
 def test_nothing_stays_behind(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:

@@ -113,6 +113,26 @@ def test_a_load_that_fails_leaves_nothing(disk: Disk) -> None:
     assert disk.reads == {"a": 1}
 
 
+def test_a_move_that_fails_half_way_is_made_again(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that found no room on the device is not taken for one that is there."""
+    residency = small(15, 100)
+    use(residency, disk, "a")
+    use(residency, disk, "b")
+
+    def full(modules: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(residency, "device", torch.device("meta"))
+        broken.setattr("pipelines.residency._tensors_of", full)
+        with pytest.raises(RuntimeError):
+            use(residency, disk, "a")
+
+    assert residency.level_of("a") is Level.HOST
+    use(residency, disk, "a")
+    assert residency.level_of("a") is Level.DEVICE and disk.reads["a"] == 1
+
+
 def test_modules_are_found_where_pipelines_keep_them() -> None:
     """In attributes of our own objects and in containers, each once."""
 
