@@ -29,6 +29,8 @@ BAND_PX = 2**19
 """Most pixels in one band of a result, where the least height of a band allows."""
 LEAST_BAND_ROWS = 128
 """Of input: lower bands would compute more margin than picture."""
+FOLD_PX = 4
+"""Bands begin at multiples of this: networks that fold pixels into channels see the same blocks in every band."""
 
 
 def nothing() -> None:
@@ -141,7 +143,7 @@ class NetworkPreStage:
         """Resize an image; see `BandedPreStage`. What lies between two passes of the network is spooled."""
         while self.factor > 1 and (image.shape[-2] < size[0] or image.shape[-1] < size[1]):
             height, width = self.factor * image.shape[-2], self.factor * image.shape[-1]
-            rows = max(LEAST_BAND_ROWS, BAND_PX // (self.factor * width))
+            rows = max(LEAST_BAND_ROWS, BAND_PX // (self.factor * width) // FOLD_PX * FOLD_PX)
             enlarged = self._enlarged(image, min(self.tile_px, rows), on_tile)
             if (height, width) == size:
                 yield from enlarged

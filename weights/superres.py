@@ -45,10 +45,17 @@ def load_network(file: Path) -> nn.Module:
         UnsuitableNetwork: It is none that can be read.
     """
     tensors = read_tensors(file)
-    for recognises, build in _NETWORKS:
-        if recognises(tensors):
-            return build(tensors)
-    return _through_spandrel(file)
+    build = next((build for recognises, build in _NETWORKS if recognises(tensors)), None)
+    if build is None:
+        return _through_spandrel(
+            file,
+            f"{file.name} is neither an RRDB (ESRGAN, Real-ESRGAN) nor a Compact network. Install spandrel to read "
+            "other architectures.",
+        )
+    try:
+        return build(tensors)
+    except UnsuitableNetwork as error:  # one of their many variants
+        return _through_spandrel(file, str(error))
 
 
 def find_network(folder: Path) -> Path | None:
@@ -119,25 +126,27 @@ _NETWORKS: Sequence[tuple[Callable[[Mapping[str, Tensor]], bool], Callable[[Mapp
 
 
 class _Spandrel(nn.Module):
-    """A network that spandrel loaded, in the words of ours."""
+    """A network that spandrel loaded, in the words of ours.
+
+    Called through its descriptor, which pads pictures to the sizes that the architecture takes, and cuts them again.
+    """
 
     def __init__(self, descriptor: Any) -> None:
         super().__init__()
-        self.model, self.upscale = descriptor.model, int(descriptor.scale)
+        self.model, self.upscale, self._call = descriptor.model, int(descriptor.scale), descriptor
 
     def forward(self, image: Tensor) -> Tensor:
         """See `Network`."""
-        return self.model(image)
+        enlarged: Tensor = self._call(image)
+        return enlarged
 
 
-def _through_spandrel(file: Path) -> nn.Module:
+def _through_spandrel(file: Path, otherwise: str) -> nn.Module:
+    """The network in a file as spandrel reads it; without spandrel the error says `otherwise`."""
     try:
         import spandrel
     except ImportError as error:
-        raise UnsuitableNetwork(
-            f"{file.name} is neither an RRDB (ESRGAN, Real-ESRGAN) nor a Compact network. Install spandrel to read "
-            "other architectures."
-        ) from error
+        raise UnsuitableNetwork(otherwise) from error
     descriptor: Any = spandrel.ModelLoader(device="cpu").load_from_file(file)
     if not isinstance(descriptor, spandrel.ImageModelDescriptor) or descriptor.input_channels != 3:
         raise UnsuitableNetwork(f"{file.name} does not enlarge colour pictures.")

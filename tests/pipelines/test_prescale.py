@@ -96,6 +96,20 @@ def test_bands_are_the_whole_picture(
         assert torch.allclose(torch.cat(bands, dim=-2), stage(image, size), atol=2e-3 if spooled else 2e-4)
 
 
+def test_bands_do_not_move_the_blocks_that_a_network_folds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real-ESRGAN's x2 network works on blocks of 2 x 2 px: every band is cut where the whole picture's blocks are."""
+    monkeypatch.setattr(prescale, "BAND_PX", 2 * 80 * 11)
+    monkeypatch.setattr(prescale, "LEAST_BAND_ROWS", 8)
+    torch.manual_seed(0)
+    model = RRDBNet(num_block=1, num_feat=6, num_grow=4, unshuffle=2).eval()
+    image = torch.rand(1, 3, 61, 40)
+
+    bands = list(NetworkPreStage(model).bands(image, (122, 80)))
+
+    assert len(bands) > 1
+    assert torch.allclose(torch.cat(bands, dim=-2), model(image).clamp(0, 1), atol=1e-5)
+
+
 def test_a_network_of_factor_four_is_run_until_both_sides_are_reached() -> None:
     """An ESRGAN-class network serves any factor: four times as often as needed, then Lanczos."""
     model = RRDBNet(num_block=1, num_feat=4, num_grow=4).eval()

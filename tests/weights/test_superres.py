@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -131,6 +133,32 @@ def test_other_files_are_refused_in_words(tmp_path: Path, tensors: Tensors, said
 
     with pytest.raises(UnsuitableNetwork, match=said):
         load_network(tmp_path / "net.safetensors")
+
+
+class FakeDescriptor:
+    """spandrel's, of a network whose pictures must have even sides; called, it pads and cuts."""
+
+    scale, input_channels = 2, 3
+    model = torch.nn.PixelShuffle(1)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Doubled."""
+        return image.repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+
+@pytest.mark.parametrize("name", ["layers.0.weight", "body.0.rdb1.conv1.weight"])
+def test_other_networks_are_read_through_spandrel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Other architectures and variants of ours, through the call that pads odd sizes."""
+    spandrel = ModuleType("spandrel")
+    loader = SimpleNamespace(load_from_file=lambda file: FakeDescriptor())
+    spandrel.__dict__.update(ModelLoader=lambda device: loader, ImageModelDescriptor=FakeDescriptor)
+    monkeypatch.setitem(sys.modules, "spandrel", spandrel)
+    save_file({name: torch.zeros(4, 4, 3, 3)}, tmp_path / "net.safetensors")
+
+    network = load_network(tmp_path / "net.safetensors")
+
+    assert network.upscale == 2
+    assert network(torch.rand(1, 3, 5, 7)).shape == (1, 3, 10, 14)
 
 
 def test_a_folder_holds_one_network(tmp_path: Path) -> None:
