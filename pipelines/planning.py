@@ -55,7 +55,8 @@ def plan_size(
     new_width, new_height, excess = planned(1.0)
     if excess > 1:
         shrink = 1.0
-        while (over := planned(shrink)[2]) > 1:
+        # Where not even one pixel may grow by so much, one pixel is the best advice there is.
+        while (over := planned(shrink)[2]) > 1 and shrink * max(width, height) > 1:
             shrink *= min(0.999, over**-0.5)
         raise ImageTooLarge(
             f"Upscaling {width} x {height} by {scale:g} makes {new_width} x {new_height} pixels; at most "
