@@ -106,7 +106,7 @@ class WeightCache:
         interrupted: What `open` raises when the network or the other server is at fault.
         max_file_bytes: Largest file.
         budget_bytes: Bytes of all files together; those not used for longest go first.
-        convert: Turns a pickle (first path) into safetensors (second path); None refuses pickles.
+        convert: Turns a pickle (first path) into safetensors (second path), polling; None refuses pickles.
         fresh_s: See `FRESH_S`.
     """
 
@@ -118,7 +118,7 @@ class WeightCache:
         interrupted: type[Exception],
         max_file_bytes: int,
         budget_bytes: int,
-        convert: Callable[[Path, Path], None] | None = None,
+        convert: Callable[[Path, Path, Poll], None] | None = None,
         fresh_s: float = FRESH_S,
     ) -> None:
         self._folder, self._open, self._interrupted = folder, open, interrupted
@@ -168,7 +168,7 @@ class WeightCache:
         try:
             entry = self._download(wanted, partial, entry)
             if partial.exists():
-                entry = self._kept(partial, entry, wanted.check)
+                entry = self._kept(partial, entry, wanted)
         except (UnsuitableFile, FileTooLarge):
             _forget(partial)
             raise
@@ -236,18 +236,18 @@ class WeightCache:
             file.flush()
             os.fsync(file.fileno())
 
-    def _kept(self, partial: Path, entry: _Entry, check: Callable[[Path], object]) -> _Entry:
+    def _kept(self, partial: Path, entry: _Entry, wanted: _Wanted) -> _Entry:
         """Check a complete file and move it to where files are kept."""
         with partial.open("rb") as file:
             head = file.read(SNIFF_BYTES)
         if is_pickle(head) and self._convert is not None:
             converted = partial.with_suffix(".converted")
             try:
-                self._convert(partial, converted)
+                self._convert(partial, converted, wanted.poll)
                 converted.replace(partial)
             finally:
                 converted.unlink(missing_ok=True)
-        check(partial)
+        wanted.check(partial)
         with partial.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         blob = self._blob(sha256)

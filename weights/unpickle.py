@@ -14,12 +14,15 @@ import os
 import resource
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from weights.header import UnsuitableFile
 
 TIMEOUT_S = 600
+POLL_S = 0.5
 MAX_MEMORY_BYTES = 48 * 2**30
 """Of address space; torch alone reserves several GB of it."""
 MAX_OPEN_FILES = 256
@@ -33,26 +36,36 @@ _convert_here(sys.argv[1], sys.argv[2])
 """
 
 
-def convert(source: Path, target: Path) -> None:
+def convert(source: Path, target: Path, poll: Callable[[], None] = lambda: None) -> None:
     """Turn a pickle of tensors into a safetensors file, in another process.
+
+    `poll` is called every `POLL_S` seconds; if it raises, the other process is ended.
 
     Raises:
         UnsuitableFile: It holds anything else, or takes more time or memory than allowed.
     """
     package = str(Path(__file__).resolve().parent.parent)
     command = [sys.executable, "-I", "-c", _PROGRAM, str(source.resolve()), str(target.resolve()), package]
+    deadline = time.monotonic() + TIMEOUT_S
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        cwd="/",
+    )
     try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=TIMEOUT_S,
-            env={"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            cwd="/",
-        )
-    except subprocess.TimeoutExpired as error:
-        raise UnsuitableFile(f"is a pickle that could not be read within {TIMEOUT_S} s") from error
-    if done.returncode != 0 or not target.is_file():
+        while process.poll() is None:
+            poll()
+            if time.monotonic() > deadline:
+                raise UnsuitableFile(f"is a pickle that could not be read within {TIMEOUT_S} s")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(POLL_S)
+    finally:
+        process.kill()
+        process.wait()
+    if process.returncode != 0 or not target.is_file():
         raise UnsuitableFile("is a pickle that holds more than tensors, or cannot be read")
 
 

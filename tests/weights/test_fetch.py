@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -274,3 +275,18 @@ def test_a_pickle_of_tensors_larger_than_itself_is_refused(tmp_path: Path, files
 
     with pytest.raises(UnsuitableFile, match="cannot be read"):
         cache(tmp_path, files, convert=unpickle.convert).fetch(files.url("/bomb.pt"), read_header)
+
+
+def test_a_conversion_can_be_stopped(tmp_path: Path) -> None:
+    """Who cancels does not wait for the other process."""
+    (tmp_path / "x.pt").write_bytes(pickled({"a": torch.ones(3)}))
+    started = time.monotonic()
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        unpickle.convert(tmp_path / "x.pt", tmp_path / "x.safetensors", stop)
+
+    assert time.monotonic() - started < unpickle.TIMEOUT_S / 60
+    assert not (tmp_path / "x.safetensors").exists()
