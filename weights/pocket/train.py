@@ -34,7 +34,7 @@ PARTS: dict[str, Part] = {
     "upscaler": Part(UpscalerTrainee, 15.5, 16),
     "vae": Part(VaeTrainee, 10.5, 16),
     "sd15": Part(Sd15Trainee, 42, 8),
-    "sdxl": Part(SdxlTrainee, 20, 8),
+    "sdxl": Part(SdxlTrainee, 19, 8),
     "ccsr": Part(CcsrTrainee, 14, 8),
     "flux": Part(FluxTrainee, 50, 8),
     "captioner": Part(CaptionerTrainee, 38, 32),
