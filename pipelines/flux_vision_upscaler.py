@@ -383,6 +383,7 @@ class FluxVisionUpscaler:
                 tile_batch=self.tile_batch,
                 seed=params.seed,
                 on_step=on_step,
+                on_batch=lambda: stages.beat("denoise"),
             )
 
     def sigmas(self, params: Params) -> list[float]:

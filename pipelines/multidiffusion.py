@@ -49,6 +49,7 @@ def tiled_denoise(
     seed: int,
     whole: Sequence[Tile] = (),
     on_step: Callable[[int], None] = lambda step: None,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Denoise a whole latent tile by tile.
 
@@ -63,6 +64,7 @@ def tiled_denoise(
         whole: Boxes of the latent that no tile edge may cut: each gets a tile of its own around it, whose prediction
             alone counts there. One that is larger than a tile is left to the grid.
         on_step: Called after each step with its number, from 1; may raise to stop.
+        on_batch: Called after each call of the model, of which a large picture has hundreds a step; likewise.
 
     Returns:
         (1, C, H, W), float32, free of noise.
@@ -72,7 +74,9 @@ def tiled_denoise(
         offset = grid.jitter(step, seed)
         tiles, weights = surround(grid, grid.tiles(*offset), blend_weights(grid, *offset), whole)
         weights = weights.to(shown.device)
-        prediction = fused_prediction(model, shown, timestep, conditioning, tiles, weights, tile_batch=tile_batch)
+        prediction = fused_prediction(
+            model, shown, timestep, conditioning, tiles, weights, tile_batch=tile_batch, on_batch=on_batch
+        )
         sample = sampler.advance(step, prediction, sample)
         on_step(step + 1)
     return sample

@@ -155,6 +155,7 @@ class StagedUpscale:
                 seed=one.seed,
                 whole=boxes,
                 on_step=on_step,
+                on_batch=partial(self._stages.beat, "denoise"),
             )
 
     def _held(self, bands: Bands, size: tuple[int, int]) -> Pixels:

@@ -15,6 +15,7 @@ from benchmarks.quality import borders
 from pipelines import clarity_upscaler
 from pipelines.clarity_upscaler import ClarityUpscaler, Params, plan_passes
 from pipelines.delivery import opaque
+from pipelines.errors import Cancelled
 from pipelines.images import decode
 from pipelines.progress import Report
 from pipelines.staged import in_doublings
@@ -122,7 +123,7 @@ def test_creativity_zero_is_the_prestage_picture(pipeline: ClarityUpscaler, crop
     assert np.array_equal(np.asarray(picture), wanted)
 
 
-def test_creativity_moves_and_resemblance_holds(pipeline: ClarityUpscaler, crop: Image.Image) -> None:
+def test_creativity_moves(pipeline: ClarityUpscaler, crop: Image.Image) -> None:
     """The result moves away from the pre-stage picture as creativity grows."""
     still = metrics.as_array(run(pipeline, crop, replace(QUICK, strength=0.0))[0])
     moved = [
@@ -131,6 +132,40 @@ def test_creativity_moves_and_resemblance_holds(pipeline: ClarityUpscaler, crop:
     ]
 
     assert 0 < moved[0] < moved[1] < moved[2]
+
+
+@pytest.mark.parametrize("strength", [0.35, 0.9])
+def test_resemblance_holds(pipeline: ClarityUpscaler, crop: Image.Image, strength: float) -> None:
+    """The more resemblance, the more the result looks like the input."""
+    likeness = [
+        metrics.fidelity(
+            run(pipeline, crop, replace(QUICK, strength=strength, controlnet_conditioning_scale=c))[0], crop
+        )
+        for c in (0.0, 0.3, 0.6, 1.0)
+    ]
+
+    assert likeness == sorted(likeness) and likeness[-1] - likeness[0] > 0.5
+
+
+def test_a_cancelled_request_stops_within_a_step(
+    pipeline: ClarityUpscaler, crop: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of a large picture takes minutes, so the callback is asked between its tiles; nothing stays behind."""
+    monkeypatch.setattr(clarity_upscaler, "MAX_TILE_PX", 96)
+    monkeypatch.setattr(clarity_upscaler, "TILE_BATCH", {"cpu": 1})
+    wanted = run(pipeline, crop, QUICK)[2]
+    seen: list[Report] = []
+
+    def stop(report: Report) -> None:
+        seen.append(report)
+        if sum(one.stage == "denoise" for one in seen) == 2:
+            raise Cancelled("enough")
+
+    with pytest.raises(Cancelled):
+        run(pipeline, crop, QUICK, progress=stop)
+
+    assert not any(one.step for one in seen)
+    assert run(pipeline, crop, QUICK)[2] == wanted
 
 
 def test_the_hint_is_the_passs_input(
@@ -165,9 +200,13 @@ def test_pictures_of_every_kind(pipeline: ClarityUpscaler, kind: str) -> None:
     assert np.abs(np.asarray(picture.convert("RGB"), dtype=int)[-1, -1] - colour).max() <= 12
 
 
-def test_a_long_strip_works(pipeline: ClarityUpscaler) -> None:
-    """16,000 x 10 pixels: many tiles in a row, in one piece."""
+@pytest.mark.parametrize("strength", [0.0, 0.35])
+def test_a_long_strip_works(pipeline: ClarityUpscaler, strength: float) -> None:
+    """16,000 x 10 pixels: many tiles in a row, in one piece, and safe to show."""
     strip = Image.effect_noise((16_000, 10), 40).convert("RGB")
-    picture, _, _ = run(pipeline, encoded(strip, "PNG"), replace(QUICK, scale=1.0, strength=0.0))
+    quick = replace(QUICK, scale=1.0, guidance_scale=1.0, num_inference_steps=1)
+    params = replace(quick, strength=strength, check_safety=True)
+    picture, _, _ = run(pipeline, encoded(strip, "PNG"), params)
 
     assert picture.size == (16_000, 10)
+    assert metrics.colour_shift(picture, strip) <= 3
