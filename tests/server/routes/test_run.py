@@ -48,7 +48,7 @@ def test_run_passes_failures_on(client: TestClient, slot: FakeSlot) -> None:
 
 def test_run_refuses_an_invalid_input_at_once(client: TestClient) -> None:
     """No slot is needed to say so."""
-    answer = client.post(APP, json={"image_url": "https://x/a.png", "model_type": "SDXL"})
+    answer = client.post(APP, json={"image_url": "https://x/a.png", "model_type": "SD_3"})
 
     assert answer.status_code == 422
     assert answer.json()["detail"][0]["loc"] == ["body", "model_type"]
