@@ -20,7 +20,7 @@ IMAGE = {"image_url": "https://example.com/a.png"}
 
 WRONG: list[tuple[str, str, bytes | None, int]] = [
     ("POST", "/nothing", None, 404),
-    ("GET", "/", None, 404),
+    ("GET", "/nothing", None, 404),
     ("POST", "/a/b", b"{}", 404),
     ("POST", f"/{APP}/stream", b"{}", 422),
     ("GET", f"/{APP}/stream", None, 404),
