@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from pipelines.tiling import Tile, gather
 
-SOFT_DECAY = 0.825
-"""Of A1111's soft control: SD 1.5's twelve residuals and the middle weigh 0.825^12 to 1."""
 HINT_STRIP_PX = 1024
 """Rows of the hint that are embedded at once: its 16-channel activations would need 64 MB per megapixel."""
 
@@ -32,8 +30,8 @@ class Conditioning:
         guidance_scale: Weight of prompt against negative prompt; 1 or less runs the prompt alone.
         hint: (1, C, H, W) on the latent grid: the embedded tile hint; `None` skips the ControlNet.
         controlnet_conditioning_scale: Factor on the ControlNet's residuals.
-        soft_control: Weigh the residuals by 0.825 for each that lies between them and the middle, so that the prompt
-            decides the detail and the hint the layout; A1111 calls it "My prompt is more important".
+        soft_control: Weigh the residuals from 0.1 at the finest level to 1 in the middle, so that the prompt decides
+            the detail and the hint the layout; A1111 calls it "My prompt is more important".
     """
 
     prompt_embeds: Tensor
@@ -85,10 +83,9 @@ class ControlledUNet(Generic[ConditioningT]):
                 steps,
                 controlnet_cond=gather(conditioning.hint, places).repeat(halves, 1, 1, 1),
                 conditioning_scale=conditioning.controlnet_conditioning_scale,
+                guess_mode=conditioning.soft_control,
                 **told,
             )
-            if conditioning.soft_control:
-                down = [residual * SOFT_DECAY ** (len(down) - i) for i, residual in enumerate(down)]
             residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
         noise = self.unet(sample, steps, **residuals, **told)[0].to(tiles.device, torch.float32)
         if halves == 1:
