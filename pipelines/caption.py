@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,7 +73,7 @@ def load_captioner(folder: Path, *, device: str, dtype: torch.dtype | None = Non
         raise CaptionFailed(f"No captioner can be read from {folder}: {_reason(error)}") from error
 
 
-class _BlipCaptioner:
+class _BlipCaptioner(ABC):
     """What both generations share: the picture is reduced, the words are tidied, and errors are of one type."""
 
     def __init__(self, model: Any, processor: Any) -> None:
@@ -89,9 +90,9 @@ class _BlipCaptioner:
             raise CaptionFailed(f"The captioner failed: {_reason(error)}") from error
         return " ".join(text.split())
 
+    @abstractmethod
     def generate(self, image: Image.Image, instruction: str | None, max_tokens: int) -> Tensor:
         """The new tokens (L,), int64."""
-        raise NotImplementedError
 
     def pixel_values(self, image: Image.Image) -> Tensor:
         """The picture (1, 3, H, W) as the model wants it."""

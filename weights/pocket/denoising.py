@@ -5,6 +5,7 @@ latents are often those of the pre-stage picture while the target stays sharp, a
 or as much as its strength may be set to.
 """
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def draw_timesteps(sigmas: Tensor, count: int, rng: np.random.Generator) -> Tens
     return torch.from_numpy(np.where(rng.random(count) < 0.67, crowded, anywhere))
 
 
-class DenoiserTrainee:
+class DenoiserTrainee(ABC):
     """Networks that predict the noise, on its weighted mean squared error.
 
     A family names itself, builds its networks, turns captions into tokens, predicts and exports.
@@ -63,14 +64,15 @@ class DenoiserTrainee:
         self.deviations = (1 - scheduler.alphas_cumprod).sqrt()
         self.no_tokens = self.tokenize([""]).to(options.device)
 
+    @abstractmethod
     def build(self) -> nn.ModuleDict:
         """The untrained networks; called once, with torch's generator seeded."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tokenize(self, captions: list[str]) -> Tensor:
         """(len(captions), L) int64."""
-        raise NotImplementedError
 
+    @abstractmethod
     def predict(self, noisy: Tensor, timesteps: Tensor, tokens: Tensor, hint: Tensor, strength: Tensor) -> Tensor:
         """The predicted noise (N, C, h, w), float32.
 
@@ -81,11 +83,10 @@ class DenoiserTrainee:
             hint: (N, 3, H, W) uint8.
             strength: (N,) factor on what the ControlNet adds.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def export(self, modules: nn.ModuleDict, models: Path) -> None:
         """Write the part; see `loop.Trainee`."""
-        raise NotImplementedError
 
     def loss(self, rng: np.random.Generator, step: int) -> Tensor:
         """One batch; the target is the noise that leads from the noisy latents to the sharp ones."""
