@@ -87,8 +87,12 @@ class LiveServer:
             self._process.kill()
 
     def pids(self) -> dict[str, int]:
-        """The process ids of supervisor and roles, from the server's own file."""
-        facts = json.loads((self.data / "run" / "server.json").read_text())
+        """The process ids of supervisor and roles, from the server's own file, which a full disk may delay."""
+        path, deadline = self.data / "run" / "server.json", time.monotonic() + START_S
+        while not path.exists():
+            assert time.monotonic() < deadline, f"no {path.name}: {self.log.read_text()[-3000:]}"
+            time.sleep(0.05)
+        facts = json.loads(path.read_text())
         return {"supervisor": facts["pid"], **facts["roles"]}
 
     def kill(self, role: str) -> int:
