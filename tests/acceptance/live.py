@@ -16,7 +16,10 @@ from typing import Any
 
 import httpx2
 
-from server.demo import exports, free_ports
+from server.demo import exports
+from server.settings import Settings
+from server.supervisor import read_server
+from tests.acceptance.ports import reserved_ports
 
 ROOT = Path(__file__).parents[2]
 START_S = 120.0
@@ -29,7 +32,7 @@ class LiveServer:
 
     def __init__(self, data: Path, program: tuple[str, ...], **environment: str) -> None:
         self.data = data
-        self.port, self.tls_port, self.fal_proxy_port = free_ports(3)
+        self.port, self.tls_port, self.fal_proxy_port = reserved_ports(3)
         self._program = program
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("UPSCALER_", "FAL_"))}
         self._environment = clean | {
@@ -57,6 +60,7 @@ class LiveServer:
                 [sys.executable, *self._program], stdout=log, stderr=log, env=self._environment, cwd=ROOT
             )
         self.wait_until_ready()
+        self.facts()  # of this very process: nobody else has answered in its place
 
     def wait_until_ready(self, status: int = 200) -> None:
         """Wait until `/ready` says 200, or something else."""
@@ -86,13 +90,17 @@ class LiveServer:
         finally:
             self._process.kill()
 
-    def pids(self) -> dict[str, int]:
-        """The process ids of supervisor and roles, from the server's own file, which a full disk may delay."""
-        path, deadline = self.data / "run" / "server.json", time.monotonic() + START_S
-        while not path.exists():
-            assert time.monotonic() < deadline, f"no {path.name}: {self.log.read_text()[-3000:]}"
+    def facts(self) -> dict[str, Any]:
+        """What the server's own file says of it, wherever that lies; a full disk may delay it."""
+        settings, deadline = Settings(data=self.data), time.monotonic() + START_S
+        while (facts := read_server(settings)) is None or self._process is None or facts["pid"] != self._process.pid:
+            assert time.monotonic() < deadline, f"no server.json: {self.log.read_text()[-3000:]}"
             time.sleep(0.05)
-        facts = json.loads(path.read_text())
+        return facts
+
+    def pids(self) -> dict[str, int]:
+        """The process ids of supervisor and roles."""
+        facts = self.facts()
         return {"supervisor": facts["pid"], **facts["roles"]}
 
     def kill(self, role: str) -> int:
