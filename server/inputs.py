@@ -357,14 +357,17 @@ class Fetcher:
         client: From `guarded_client`.
         max_bytes: Bytes a file may have, counted after decoding of its transfer.
         timeout_s: Seconds a download may take in all, redirects included.
-        tokens: What to show to hosts that ask who we are. A name alone stands for HTTPS on its usual port, `host:port`
-            for that port with and without TLS; a redirect to any other host never carries it.
+        tokens: What to show to hosts that ask who we are, None where that is nobody's business. A name alone stands
+            for HTTPS on its usual port, `host:port` for that port with and without TLS; a redirect to any other host
+            never carries it.
+        keeps_tls: Whether a redirect from HTTPS to plain HTTP fails the download.
     """
 
     client: httpx2.Client
     max_bytes: int
     timeout_s: float
-    tokens: Mapping[str, str] = field(default_factory=dict, repr=False)
+    tokens: Mapping[str, str] | None = field(default=None, repr=False)
+    keeps_tls: bool = False
 
     def fetch(self, url: str, poll: Callable[[], None] = _wait_on) -> bytes:
         """Download a file; follows up to five redirects, each checked like the first address.
@@ -397,10 +400,10 @@ class Fetcher:
                 with ExitStack() as stack:
                     response = stack.enter_context(self._request(url, headers, patience))
                     if response.status_code in REDIRECTS and "location" in response.headers:
-                        url = str(response.url.join(response.headers["location"]))
+                        url = self._redirected(response)
                         continue
                     if response.status_code >= 400 and response.status_code != RANGE_NOT_SATISFIABLE:
-                        raise DownloadFailed(f"the server answered {response.status_code}")
+                        raise DownloadFailed(f"the server answered {response.status_code}{self._way_in(response)}")
                     yield response
                     return
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, httpcore2.UnsupportedProtocol) as error:
@@ -426,7 +429,20 @@ class Fetcher:
                 raise httpx2.UnsupportedProtocol(url) from error
             yield response
 
+    def _redirected(self, response: httpx2.Response) -> str:
+        target = response.url.join(response.headers["location"])
+        if self.keeps_tls and response.url.scheme == "https" and target.scheme == "http":
+            raise DownloadFailed("the server redirects from HTTPS to plain HTTP, where anybody could change the file")
+        return str(target)
+
+    def _way_in(self, response: httpx2.Response) -> str:
+        if self.tokens is None or response.status_code not in GATED:
+            return ""
+        return f" (the operator can give a token for {response.url.host} in UPSCALER_FETCH_TOKENS)"
+
     def _credentials(self, url: httpx2.URL) -> dict[str, str]:
+        if self.tokens is None:
+            return {}
         port = url.port or (443 if url.scheme == "https" else 80)
         token = self.tokens.get(f"{url.host}:{port}")
         if token is None and url.scheme == "https" and port == 443:
@@ -461,6 +477,7 @@ def read_input(reference: str, storage: Storage, fetcher: Fetcher, poll: Callabl
 
 
 REDIRECTS = (301, 302, 303, 307, 308)
+GATED = (401, 403)
 RANGE_NOT_SATISFIABLE = 416
 NETWORK_ERRORS = (httpcore2.TimeoutException, httpcore2.NetworkError, httpcore2.ProtocolError)
 

@@ -7,20 +7,23 @@ with the function here. Elsewhere means the guarded client of `inputs`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
 
-from server.inputs import DownloadFailed, Fetcher, Reach, guarded_client
+from server.inputs import DownloadFailed, Fetcher, Patience, Reach, guarded_client
 from server.schemas import BLOB
 from server.settings import Settings
-from server.storage import Storage, file_name_of
+from server.storage import Storage, file_name_of, is_public
 from weights import unpickle
 from weights.detect import check_checkpoint, check_embedding, check_lora
 from weights.fetch import Answer, FileTooLarge, Poll, WeightCache, WeightFile
 from weights.header import Header, UnsuitableFile, read_header
 from weights.hub import BaseFiles, BaseModels, file_on_disk
+
+UNNAMED = "embedding"
+"""The word for an embedding that came as a data URI, which has no name."""
 
 
 class FileRefused(Exception):
@@ -57,6 +60,7 @@ class WeightFiles:
             max_bytes=0,
             timeout_s=settings.weights_timeout_s,
             tokens={host: token.get_secret_value() for host, token in settings.fetch_tokens.items()},
+            keeps_tls=True,
         )
         self._cache = WeightCache(
             settings.fetched_weights_dir,
@@ -68,8 +72,12 @@ class WeightFiles:
         )
         self._bases = BaseModels(self._cache, settings.hub, settings.base_models_dir)
 
+    def holding(self) -> AbstractContextManager[None]:
+        """Until the end of the block, what `get` has brought stays on disk, whatever others fetch."""
+        return self._cache.holding()
+
     def get(self, files: Mapping[str, str], family: str, poll: Poll) -> dict[str, WeightFile | BaseFiles]:
-        """The files of a job by parameter.
+        """The files of a job by parameter, within `weights_timeout_s` for all of them, however often one is tried.
 
         Args:
             files: References by parameter: `lora`, `embedding`, `base_model`.
@@ -80,9 +88,16 @@ class WeightFiles:
             FileRefused: From what is wrong with one of them.
         """
         found: dict[str, WeightFile | BaseFiles] = {}
+        patience = Patience.of(self._fetcher.timeout_s, poll)
+
+        def wait_on() -> None:
+            poll()
+            if patience.is_over:
+                raise DownloadFailed(f"it took longer than {self._fetcher.timeout_s:g} s")
+
         for parameter, reference in files.items():
             try:
-                found[parameter] = self._get(parameter, reference, family, poll)
+                found[parameter] = self._get(parameter, reference, family, wait_on)
             except (UnsuitableFile, FileTooLarge, DownloadFailed) as error:
                 raise FileRefused(parameter, error) from error
         return found
@@ -98,7 +113,9 @@ class WeightFiles:
         if parameter == "base_model":
             return self._bases.find(reference, lambda header: check_checkpoint(header, family), poll)
         check = CHECKS[parameter]
-        return self._cache.fetch(reference, lambda path: check(read_header(path), family), poll)
+        found = self._cache.fetch(reference, lambda path: check(read_header(path), family), poll)
+        is_named = not reference.startswith(BLOB) or is_public(reference.removeprefix(BLOB))
+        return found if is_named else replace(found, name=UNNAMED)
 
     @contextmanager
     def _open(self, url: str, headers: Mapping[str, str], poll: Poll) -> Iterator[Answer]:

@@ -1,42 +1,37 @@
 """Weights by URL: downloaded once, checked, kept by content within a disk budget.
 
-```
-<folder>/blobs/ab/abcd….safetensors   files by the SHA-256 of their bytes
-<folder>/index/<sha256 of the URL>    what a URL stood for when it was last asked, as JSON
-<folder>/partial/<sha256 of the URL>  downloads that are not complete; they are resumed
-<folder>/locks/<sha256 of the URL>    one download of a URL at a time, over all processes
-```
+Files lie on a `Shelf` under the SHA-256 of their bytes; its keys are the SHA-256 of URLs, and what is noted under one
+is what the URL stood for when it was last asked. Downloads that break off are resumed.
 
 How the network is reached is the caller's: it is given as a function that opens a URL, and guards what it dials.
 """
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import hashlib
 import json
 import os
 import re
-import shutil
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from weights.header import SNIFF_BYTES, UnsuitableFile, is_pickle, sniff
+from weights.shelf import Shelf, read_note
 
 MAX_TRIES = 5
 """Times a download is taken up again; each must have brought something."""
 FRESH_S = 600.0
 """Seconds for which a URL is believed to stand for the same file without asking."""
-PARTIAL_S = 86400.0
-"""Seconds after which a download that broke off is forgotten."""
-LOCK_POLL_S = 0.2
-SPARE_BYTES = 2**30
-"""Disk space that is left to others."""
+ROOM_BYTES = 2**28
+"""Disk space that is made at once for a file whose length nobody has told."""
+HASH_BYTES = 2**24
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class FileTooLarge(Exception):
@@ -121,15 +116,14 @@ class WeightCache:
         convert: Callable[[Path, Path, Poll], None] | None = None,
         fresh_s: float = FRESH_S,
     ) -> None:
-        self._folder, self._open, self._interrupted = folder, open, interrupted
-        self._max_bytes, self._budget_bytes = min(max_file_bytes, budget_bytes), budget_bytes
+        self._open, self._interrupted = open, interrupted
+        self._shelf = Shelf(folder, budget_bytes)
+        self._max_bytes = min(max_file_bytes, budget_bytes)
         self._convert, self._fresh_s = convert, fresh_s
-        for name in ("blobs", "index", "partial", "locks"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        for file in (folder / "partial").iterdir():
-            with suppress(FileNotFoundError):
-                if time.time() - file.stat().st_mtime > PARTIAL_S:
-                    file.unlink()
+
+    def holding(self) -> AbstractContextManager[None]:
+        """Until the end of the block, no file that this thread fetches is deleted by whoever needs its room."""
+        return self._shelf.holding()
 
     def fetch(
         self,
@@ -148,35 +142,41 @@ class WeightCache:
             sniff: Raises `UnsuitableFile` by a file's first bytes, so that the rest need not be waited for.
 
         Raises:
-            UnsuitableFile: The file is not what was asked for; nothing of it is kept.
+            UnsuitableFile: The file is not what was asked for, or finds no room; nothing of it is kept.
             FileTooLarge: It is larger than this server accepts.
             Exception: What `open` raises, and what `poll` raises.
         """
         key = hashlib.sha256(url.encode()).hexdigest()
-        with self._only_one(key, poll):
-            entry = self._entry(key)
-            if entry is None or time.time() - entry.checked_at > self._fresh_s:
-                entry = self._renewed(_Wanted(url, check, sniff, poll), key, entry)
-            path = self._blob(entry.sha256)
-            check(path)
-            os.utime(path)  # the time of its last use decides what goes first
-            return WeightFile(path=path, name=entry.name, sha256=entry.sha256)
+        wanted = _Wanted(url, check, sniff, poll)
+        try:
+            with self._shelf.only_one(key, poll):
+                while True:  # again only if the file is deleted in the moment between
+                    entry = self._entry(key)
+                    if entry is None or time.time() - entry.checked_at > self._fresh_s:
+                        entry = self._renewed(wanted, key, entry)
+                    if (path := self._shelf.hold(entry.sha256)) is not None:
+                        check(path)
+                        return WeightFile(path=path, name=entry.name, sha256=entry.sha256)
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            raise UnsuitableFile("does not fit onto this server's disk, which is full") from error
 
     def _renewed(self, wanted: _Wanted, key: str, entry: _Entry | None) -> _Entry:
         """Ask the other server whether the file is still the same, and download it if not."""
-        partial = self._folder / "partial" / key
+        partial = self._shelf.partial(key)
         try:
             entry = self._download(wanted, partial, entry)
             if partial.exists():
                 entry = self._kept(partial, entry, wanted)
-        except (UnsuitableFile, FileTooLarge):
+        except (UnsuitableFile, FileTooLarge, OSError):
             _forget(partial)
             raise
         except self._interrupted:
             if entry is None or partial.exists():
                 raise
             # The file was here before and nothing says that it has changed.
-        _write(self._folder / "index" / key, asdict(entry))
+        self._shelf.write_note(key, asdict(entry))
         return entry
 
     def _download(self, wanted: _Wanted, partial: Path, entry: _Entry | None) -> _Entry:
@@ -188,7 +188,7 @@ class WeightCache:
                     if answer.status_code == 304 and entry is not None:
                         _forget(partial)  # of another file, and of no use
                         return replace(entry, checked_at=time.time())
-                    if answer.status_code == 416:
+                    if answer.status_code == 416 or not _continues(answer, partial):
                         _forget(partial)
                         continue
                     self._receive(answer, partial, wanted)
@@ -202,36 +202,31 @@ class WeightCache:
             except self._interrupted:
                 if attempt == MAX_TRIES - 1 or _size(partial) <= before:
                     raise
-        raise UnsuitableFile("could not be downloaded: its server contradicts itself about its length")
+        raise UnsuitableFile("could not be downloaded: its server contradicts itself about what it has")
 
     def _receive(self, answer: Answer, partial: Path, wanted: _Wanted) -> None:
-        """Write what arrives; what is there is kept only if the other server agrees that it is the beginning."""
-        if answer.headers.get("content-encoding", "identity") != "identity":
+        """Write what arrives, after what is there if the answer is its continuation."""
+        if answer.headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
             raise UnsuitableFile("came compressed for the way, which files of weights must not")
-        resumed = answer.status_code == 206 and re.match(
-            rf"bytes {_size(partial)}-", answer.headers.get("content-range", "")
-        )
-        if answer.status_code == 206 and not resumed:
-            _forget(partial)
-            raise UnsuitableFile("could not be resumed: its server sent another part than was asked for")
+        received = _size(partial) if answer.status_code == 206 else 0
         total = int(announced) if (announced := answer.headers.get("content-length", "")).isdecimal() else 0
-        if total + (_size(partial) if resumed else 0) > self._max_bytes:
+        if total + received > self._max_bytes:
             raise FileTooLarge(self._max_bytes)
-        self._make_room(total)
-        validator = answer.headers.get("etag", "")
-        if not validator or validator.startswith("W/"):
-            validator = answer.headers.get("last-modified", "")
-        _write(partial.with_suffix(".json"), {"validator": validator})
-        received = _size(partial) if resumed else 0
-        with partial.open("ab" if resumed else "wb") as file:
+        self._shelf.make_room(total)
+        room = total
+        partial.with_suffix(".json").write_text(json.dumps({"validator": _validator_of(answer)}))
+        with partial.open("ab" if received else "wb") as file:
             for chunk in answer.iter_raw():
                 wanted.poll()
                 head = chunk[:SNIFF_BYTES] if received == 0 else b""
                 if len(head) == SNIFF_BYTES and not (self._convert is not None and is_pickle(head)):
                     wanted.sniff(head)
-                received += len(chunk)
+                received, room = received + len(chunk), room - len(chunk)
                 if received > self._max_bytes:
                     raise FileTooLarge(self._max_bytes)
+                if room < 0:
+                    self._shelf.make_room(ROOM_BYTES)
+                    room = ROOM_BYTES
                 file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
@@ -248,66 +243,24 @@ class WeightCache:
             finally:
                 converted.unlink(missing_ok=True)
         wanted.check(partial)
-        with partial.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        blob = self._blob(sha256)
-        blob.parent.mkdir(exist_ok=True)
-        partial.replace(blob)
+        sha256 = _digest(partial, wanted.poll)
+        self._shelf.add(partial, sha256)
         _forget(partial)
-        self._make_room(0, keep=blob)
+        self._shelf.tidy()
         return replace(entry, sha256=sha256)
-
-    def _make_room(self, num_bytes: int, keep: Path | None = None) -> None:
-        """Delete what was not used for longest until so many bytes fit into the budget and onto the disk.
-
-        Raises:
-            UnsuitableFile: The disk is full of other things.
-        """
-        blobs = []
-        for path in (self._folder / "blobs").rglob("*.safetensors"):
-            with suppress(FileNotFoundError):
-                status = path.stat()
-                blobs.append((status.st_mtime, status.st_size, path))
-        total = sum(size for _, size, _ in blobs)
-        free = shutil.disk_usage(self._folder).free - SPARE_BYTES
-        for _, size, path in sorted(blobs):
-            if total + num_bytes <= self._budget_bytes and num_bytes <= free:
-                break
-            if path != keep:
-                # Whoever has the file open keeps reading it.
-                path.unlink(missing_ok=True)
-                total, free = total - size, free + size
-        if num_bytes > max(free, 0):
-            raise UnsuitableFile(f"has {num_bytes} bytes, for which this server has no disk space")
-
-    def _blob(self, sha256: str) -> Path:
-        return self._folder / "blobs" / sha256[:2] / f"{sha256}.safetensors"
 
     def _entry(self, key: str) -> _Entry | None:
         try:
-            entry = _Entry(**json.loads((self._folder / "index" / key).read_text()))
-        except (OSError, ValueError, TypeError):
+            entry = _Entry(**self._shelf.note(key))
+        except TypeError:
             return None
-        return entry if self._blob(entry.sha256).is_file() else None
-
-    @contextmanager
-    def _only_one(self, key: str, poll: Poll) -> Iterator[None]:
-        """Wait until nobody else is busy with a URL."""
-        with (self._folder / "locks" / key).open("w") as lock:
-            while True:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    poll()
-                    time.sleep(LOCK_POLL_S)
-            yield
+        return entry if self._shelf.blob(entry.sha256).is_file() else None
 
 
 def _headers(partial: Path, entry: _Entry | None) -> dict[str, str]:
     """What to ask for: the rest of a download that broke off, else the file unless it is the one we have."""
     headers = {"accept": "*/*", "accept-encoding": "identity"}
-    validator = _validator(partial)
+    validator = _validator_of_partial(partial)
     if _size(partial) and validator:
         return headers | {"range": f"bytes={_size(partial)}-", "if-range": validator}
     if entry is not None and entry.etag:
@@ -317,11 +270,32 @@ def _headers(partial: Path, entry: _Entry | None) -> dict[str, str]:
     return headers
 
 
-def _validator(partial: Path) -> str:
-    try:
-        return str(json.loads(partial.with_suffix(".json").read_text())["validator"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+def _continues(answer: Answer, partial: Path) -> bool:
+    """Whether an answer can be used: one that is a part must go on where we are, in the file that we have begun."""
+    if answer.status_code != 206:
+        return True
+    begins_here = re.match(rf"bytes {_size(partial)}-", answer.headers.get("content-range", ""))
+    return begins_here is not None and _validator_of(answer) in ("", _validator_of_partial(partial))
+
+
+def _validator_of(answer: Answer) -> str:
+    """What stands for the exact bytes of an answer."""
+    etag = answer.headers.get("etag", "")
+    return answer.headers.get("last-modified", "") if not etag or etag.startswith("W/") else etag
+
+
+def _validator_of_partial(partial: Path) -> str:
+    return str(read_note(partial.with_suffix(".json")).get("validator", ""))
+
+
+def _digest(path: Path, poll: Poll) -> str:
+    """The SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(HASH_BYTES):
+            poll()
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _name(url: str, headers: Mapping[str, str]) -> str:
@@ -334,12 +308,6 @@ def _name(url: str, headers: Mapping[str, str]) -> str:
     else:
         name = urllib.parse.unquote(urllib.parse.urlsplit(url).path)
     return re.sub(r"[\x00-\x1f\x7f]", "", name.replace("\\", "/").rpartition("/")[2])[:200]
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
-    draft.write_text(json.dumps(dict(content)))
-    draft.replace(path)
 
 
 def _forget(partial: Path) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -37,7 +38,7 @@ class FileServer:
 
 
 @contextmanager
-def serving(pages: dict[str, Page]) -> Iterator[FileServer]:
+def serving(pages: dict[str, Page], *, tls: ssl.SSLContext | None = None) -> Iterator[FileServer]:
     """Run a server until the end of the block."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -66,14 +67,44 @@ def serving(pages: dict[str, Page]) -> Iterator[FileServer]:
                 self.connection.shutdown(socket.SHUT_RDWR)
                 self.close_connection = True
             else:
-                self.wfile.write(body)
+                with suppress(ConnectionError):  # who has seen enough hangs up
+                    self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
             """Keep the test's output clean."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     files = FileServer(f"127.0.0.1:{server.server_port}", pages)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield files
     server.shutdown()
     server.server_close()
+
+
+@contextmanager
+def answering(*answers: bytes) -> Iterator[FileServer]:
+    """Run a server that sends one of these to each who connects, the last again and again, and hangs up.
+
+    What a proper web server would never say, it says.
+    """
+    listener = socket.create_server(("127.0.0.1", 0))
+    files = FileServer(f"127.0.0.1:{listener.getsockname()[1]}", {})
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection, suppress(ConnectionError):
+                head, *lines = connection.recv(65536).decode().split("\r\n")
+                headers = dict(line.lower().split(": ", 1) for line in lines if line)
+                connection.sendall(answers[min(len(files.seen), len(answers) - 1)])
+                files.seen.append((head.split()[1], headers))
+
+    threading.Thread(target=serve, daemon=True).start()
+    yield files
+    listener.shutdown(socket.SHUT_RDWR)  # close() alone does not wake a thread that sits in accept()
+    listener.close()

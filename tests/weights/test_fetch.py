@@ -6,11 +6,11 @@ import io
 import os
 import pickle
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors import safe_open
@@ -278,9 +278,9 @@ def test_a_pickle_of_tensors_larger_than_itself_is_refused(tmp_path: Path, files
 
 
 def test_a_conversion_can_be_stopped(tmp_path: Path) -> None:
-    """Who cancels does not wait for the other process."""
+    """Who cancels does not wait for the other process, which is ended."""
     (tmp_path / "x.pt").write_bytes(pickled({"a": torch.ones(3)}))
-    started = time.monotonic()
+    before = psutil.Process().children()
 
     def stop() -> None:
         raise KeyboardInterrupt
@@ -288,5 +288,5 @@ def test_a_conversion_can_be_stopped(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         unpickle.convert(tmp_path / "x.pt", tmp_path / "x.safetensors", stop)
 
-    assert time.monotonic() - started < unpickle.TIMEOUT_S / 60
+    assert psutil.Process().children() == before
     assert not (tmp_path / "x.safetensors").exists()
