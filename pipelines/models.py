@@ -92,6 +92,11 @@ class Models:
         """See `Residency.request`."""
         return self._residency.request(kind)
 
+    @property
+    def residency(self) -> Residency:
+        """Where the models are."""
+        return self._residency
+
     def expect(self, kinds: tuple[str, ...]) -> None:
         """See `Residency.expect`."""
         self._residency.expect(kinds)
@@ -99,7 +104,8 @@ class Models:
     def has_family(self, name: str) -> bool:
         """Whether the set has all parts of a family."""
         parts = FAMILIES[name]
-        return self.store.has(parts.folder) and self.store.has(parts.controlnet)
+        has_vae = self._vae_folder(parts.folder).is_dir()
+        return has_vae and self.store.has(parts.folder) and self.store.has(parts.controlnet)
 
     def family(self, name: str, base: BaseFiles | None = None) -> Family:
         """A family by fal's name, with another base model if one is given.
@@ -184,11 +190,18 @@ class Models:
         """Anything else with modules in it, kept like the others; `part` is the folder whose size tells how large."""
         return self._residency.get(key, load, size_bytes=_folder_bytes(self.store.folder(part)) if part else 0)
 
+    def _vae_folder(self, part: str) -> Path:
+        """A family's own VAE; without one the shared one, which among the published models is not SDXL's."""
+        own = self.store.folder(f"{part}/vae")
+        is_shared = not own.is_dir() and (part == "sd15" or self.store.name == "pocket")
+        return self.store.folder("vae") if is_shared else own
+
     def _load_family(self, name: str) -> Family:
         parts = FAMILIES[name]
         folder = self.store.folder(parts.folder)
-        vae_folder = folder / "vae" if (folder / "vae").is_dir() else self.store.folder("vae")
-        vae = AutoencoderKL.from_pretrained(vae_folder, torch_dtype=self.vae_dtype, local_files_only=True)
+        vae = AutoencoderKL.from_pretrained(
+            self._vae_folder(parts.folder), torch_dtype=self.vae_dtype, local_files_only=True
+        )
         model = parts.cls.load(folder, self.store.folder(parts.controlnet), device=self.device, dtype=self.dtype)
         return Family(model, Canvas(vae.to(self.device), size_multiple=model.size_multiple))
 

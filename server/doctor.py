@@ -12,7 +12,8 @@ from pathlib import Path
 
 from server.settings import Settings
 from server.supervisor import detect_gpus, read_server
-from weights.store import POCKET_FOLDER, WeightStore
+from weights.catalogue import ENDPOINT_PARTS, needs_of
+from weights.store import POCKET_FOLDER, WeightStore, pull_command
 
 LOW_DISK_BYTES = 2_000_000_000
 
@@ -32,18 +33,22 @@ def examine(settings: Settings) -> Iterator[str]:
     yield _row("data folder", f"{settings.data}, {free_bytes / 1e9:.0f} GB free", disk_advice)
     yield _row("server", f"runs as process {running['pid']}" if running else "does not run")
     for name, folder in (("pocket", POCKET_FOLDER), ("full", settings.full_weights_dir)):
-        yield from weights_rows(WeightStore(name, folder))
+        yield from weights_rows(WeightStore(name, folder), settings.full_flux_profile)
 
 
-def weights_rows(store: WeightStore) -> Iterator[str]:
-    """Whether a set of weights is complete, and each file that is not there."""
-    missing = store.missing()
-    yield _row(f"{store.name} weights", f"{len(missing)} files missing" if missing else "complete", str(store.root))
-    for file in missing:
+def weights_rows(store: WeightStore, flux_profile: str) -> Iterator[str]:
+    """Which endpoints a set of weights is enough for, the files that are not there, and how to get them."""
+    missing = {endpoint: store.missing(endpoint, flux_profile) for endpoint in ENDPOINT_PARTS}
+    ready = [endpoint for endpoint, files in missing.items() if not files]
+    found = "complete" if len(ready) == len(missing) else f"enough for {', '.join(ready) or 'no endpoint'}"
+    yield _row(f"{store.name} weights", found, str(store.root))
+    for file in dict.fromkeys(file for files in missing.values() for file in files):
         yield _row("", f"missing: {file}")
-    if missing and store.name == "full":
-        yield _row("", "To get them, save the published models there, each in its diffusers folder layout: Stable")
-        yield _row("", "Diffusion 1.5 as sd15/, its VAE as vae/, its tile ControlNet as controlnet-tile-sd15/.")
+    for endpoint in (each for each, files in missing.items() if files and store.name == "full"):
+        yield _row("", f"To get them for {endpoint}: {pull_command(endpoint)}")
+    optional = dict.fromkeys(name for each in ENDPOINT_PARTS for name in needs_of(each, flux_profile).optional)
+    if store.name == "full" and (absent := [name for name in optional if not store.has(name)]):
+        yield _row("", f"done without: {', '.join(absent)} (see `creative-upscaler weights list`)")
 
 
 def describe_gpus(gpus: list[str]) -> list[str]:

@@ -15,7 +15,6 @@ from server.settings import Settings
 from server.slot import serve_slot
 from server.supervisor import SlotSpec, Supervisor, plan_roles, sole_owner
 from tests.server.fake_pipeline import PIPELINES
-from weights import store
 
 
 def serve() -> int:
@@ -33,7 +32,6 @@ def serve() -> int:
 def slot(slot_id: str, lifeline_fd: int) -> None:
     """A slot whose table of pipelines is the fake one."""
     settings = start_role(lifeline_fd)
-    store.CREATIVE_UPSCALER_FILES = ()  # the fake needs no weights
     run_role(serve_slot(settings, slot_id, "cpu", PIPELINES))
     os._exit(0)
 

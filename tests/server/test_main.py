@@ -157,16 +157,22 @@ def test_doctor_names_what_is_there_and_what_is_missing(tmp_path: Path) -> None:
     """Hardware, versions and weights are listed, missing files by name and with a way to get them."""
     answer = call("doctor", data=tmp_path)
 
-    for word in ("python", "torch", "GPU", "pocket weights", "full weights", "missing: vae/config.json", "To get them"):
+    for word in (
+        "python",
+        "torch",
+        "GPU",
+        "pocket weights",
+        "full weights",
+        "missing: vae/config.json",
+        "weights pull fal-ai/",
+    ):
         assert word in answer.stdout
 
 
 def test_run_hands_over_every_parameter(tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """Options are the endpoint's own names; the picture lands where it was asked for and its path is printed."""
     from server import slot
-    from weights import store
 
-    monkeypatch.setattr(store, "CREATIVE_UPSCALER_FILES", ())
     monkeypatch.setattr(slot, "LocalRun", partial(slot.LocalRun, pipelines=PIPELINES))
     monkeypatch.setattr(command_line, "detect_gpus", list)
     monkeypatch.setattr(command_line, "configure_logging", lambda settings: None)

@@ -21,7 +21,6 @@ from server.settings import Settings
 from server.slot import DeviceUnusable, Diary, LocalRun, NotMade, SlotHost, line_of, outcome_of
 from server.storage import Storage
 from tests.server.fake_pipeline import PIPELINES
-from weights import store as weight_store
 
 ENDPOINT = "fal-ai/creative-upscaler"
 
@@ -39,8 +38,7 @@ def work(image_url: str = "blob:in/picture", **fields: Any) -> Work:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    monkeypatch.setattr(weight_store, "CREATIVE_UPSCALER_FILES", ())
+def settings(tmp_path: Path) -> Settings:
     settings = Settings(data=tmp_path / "data", weights="pocket")
     settings.make_folders()
     return settings

@@ -24,7 +24,6 @@ from server.storage import Storage, upload_key
 from server.weight_files import FileRefused, WeightFiles
 from tests.server.fake_pipeline import PIPELINES
 from tests.weights.file_server import FileServer, Page, serving
-from weights import store as weight_store
 from weights.fetch import WeightFile
 from weights.hub import BaseFiles
 
@@ -49,8 +48,7 @@ def files() -> Iterator[FileServer]:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, files: FileServer, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    monkeypatch.setattr(weight_store, "CREATIVE_UPSCALER_FILES", ())
+def settings(tmp_path: Path, files: FileServer) -> Settings:
     settings = Settings(
         data=tmp_path / "data",
         weights="pocket",
