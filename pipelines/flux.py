@@ -160,7 +160,6 @@ class Flux:
     """
 
     size_multiple = TOKEN_LATENTS
-    latents_per_position = 1
 
     def __init__(
         self,
@@ -237,23 +236,21 @@ class Flux:
 
     def predict(self, tiles: Tensor, places: Sequence[Tile], timestep: float, conditioning: Conditioning) -> Tensor:
         """See `Denoiser.predict`: the velocity; tiles and guidance halves run as one batch."""
-        down, right = conditioning.offsets.get(timestep, (0, 0))
-        margins = (right, right, down, down)
-        height, width = tiles.shape[-2:]
-        sample = pack(F.pad(tiles, margins, mode="reflect").to(self.transformer.device, self.transformer.dtype))
+        offset = conditioning.offsets.get(timestep, (0, 0))
+        shown = moved(tiles, offset)
+        height, width = shown.shape[-2:]
+        sample = pack(shown).to(self.transformer.device, self.transformer.dtype)
         control = None
         if conditioning.control is not None and timestep >= conditioning.control_until:
-            control = pack(F.pad(gather(conditioning.control, places), margins, mode="reflect").to(sample))
+            control = pack(moved(gather(conditioning.control, places), offset)).to(sample)
         text = conditioning.texts_for(places)
         guided = conditioning.negative is not None and not self.embeds_guidance
         if conditioning.negative is not None and guided:
             text = joined(repeated(conditioning.negative, len(places)), text)
             sample = sample.repeat(2, 1, 1)
             control = None if control is None else control.repeat(2, 1, 1)
-        ids = position_ids(height + 2 * down, width + 2 * right).to(sample)
-        tokens = self._velocity(sample, control, text, timestep, ids, conditioning)
-        velocity = unpack(tokens.to(tiles.device, torch.float32), height + 2 * down, width + 2 * right)
-        velocity = velocity[..., down : down + height, right : right + width]
+        tokens = self._velocity(sample, control, text, timestep, position_ids(height, width).to(sample), conditioning)
+        velocity = stayed(unpack(tokens.to(tiles.device, torch.float32), height, width), offset)
         if not guided:
             return velocity
         negative, positive = velocity.chunk(2)
@@ -287,6 +284,21 @@ class Flux:
             sample, guidance=guidance if self.embeds_guidance else None, **residuals, **shared
         )[0]
         return velocity
+
+
+def moved(tiles: Tensor, offset: tuple[int, int]) -> Tensor:
+    """Tiles (N, C, h, w) for a grid of tokens that is moved by (down, right) latents.
+
+    They are continued by as much, mirrored, on all sides, which stay even: every latent remains inside a token.
+    """
+    down, right = offset
+    return F.pad(tiles, (right, right, down, down), mode="reflect")
+
+
+def stayed(tiles: Tensor, offset: tuple[int, int]) -> Tensor:
+    """The inverse of `moved`: what was added is cut off."""
+    down, right = offset
+    return tiles[..., down : tiles.shape[-2] - down, right : tiles.shape[-1] - right]
 
 
 def repeated(text: Text, count: int) -> Text:

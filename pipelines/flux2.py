@@ -4,13 +4,14 @@
 for it and none is needed: the model edits a picture that it is given as further tokens, here the same part of the
 pre-stage picture for every tile. The networks are diffusers' and transformers' own classes.
 
-The VAE's 32 channels are seen on tokens of 2 x 2 positions, 128 numbers, each normalised with statistics of its own,
-so the grid of tokens belongs to the latent: a picture is denoised as a field of tokens (`enter`, `leave`), and tiles
-move by whole tokens.
+The VAE's 32 channels are seen on tokens of 2 x 2 positions, 128 numbers, each normalised with statistics of its own:
+a picture is denoised normalised (`enter`, `leave`). The four statistics of a channel differ by chance alone, since a
+convolution does not know odd from even, so the grid of tokens may move over the latent as it does for FLUX.1.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ from diffusers import AutoencoderKL, AutoencoderKLFlux2, FlowMatchEulerDiscreteS
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2TokenizerFast, Qwen3ForCausalLM
 
-from pipelines.flux import MAX_SHIFT, Conditioning, Text, joined, shift_for
+from pipelines.flux import MAX_SHIFT, Conditioning, Text, joined, moved, repeated, shift_for, stayed
 from pipelines.tiling import Tile, gather
-from weights.flux_tokens import TOKEN_LATENTS
+from weights.flux_tokens import TOKEN_LATENTS, pack, unpack
 
 REFERENCE_TIME = 10
 """Position of the first reference along the axis that keeps pictures apart; the result is at 0."""
@@ -46,7 +47,6 @@ class Flux2:
     """
 
     size_multiple = TOKEN_LATENTS
-    latents_per_position = TOKEN_LATENTS
     embeds_guidance = False
 
     def __init__(
@@ -65,7 +65,7 @@ class Flux2:
         self.transformer, self.text_encoder = transformer.eval(), text_encoder.eval()
         self.tokenizer = tokenizer
         self.scheduler_config = scheduler_config
-        self.mean, self.deviation = (values.float().cpu().view(1, -1, 1, 1) for values in (mean, deviation))
+        self.mean, self.deviation = (values.float().cpu() for values in (mean, deviation))
         self.max_text_tokens, self.text_layers = max_text_tokens, text_layers
         self.takes_negative = not is_distilled
 
@@ -83,6 +83,7 @@ class Flux2:
             mean=mean,
             deviation=deviation,
             max_text_tokens=max_text_tokens,
+            is_distilled=says_distilled(folder),
         )
 
     def shift(self, num_tokens: int) -> float:
@@ -90,12 +91,13 @@ class Flux2:
         return min(shift_for(num_tokens, self.scheduler_config), MAX_SHIFT)
 
     def enter(self, latents: Tensor) -> Tensor:
-        """The field (1, 4 C, h / 2, w / 2) of normalised tokens of latents (1, C, h, w)."""
-        return (tokens_of(latents) - self.mean.to(latents)) / self.deviation.to(latents)
+        """Normalised latents of the same shape, (1, C, h, w) with even sides."""
+        tokens = (pack(latents) - self.mean.to(latents)) / self.deviation.to(latents)
+        return unpack(tokens, *latents.shape[-2:])
 
     def leave(self, field: Tensor) -> Tensor:
         """The inverse of `enter`."""
-        return latents_of(field * self.deviation.to(field) + self.mean.to(field))
+        return unpack(pack(field) * self.deviation.to(field) + self.mean.to(field), *field.shape[-2:])
 
     def encode(self, text: str) -> Text:
         """Encode one text; what exceeds the length is left out."""
@@ -116,23 +118,26 @@ class Flux2:
         return Text(prompt_embeds=embeds, pooled_prompt_embeds=embeds.new_zeros(1, 0))
 
     def predict(self, tiles: Tensor, places: Sequence[Tile], timestep: float, conditioning: Conditioning) -> Tensor:
-        """See `Denoiser.predict`: the velocity; positions are tokens, and the control is the reference."""
-        count, _, height, width = tiles.shape
+        """See `Denoiser.predict`: the velocity; the control is the reference."""
+        offset = conditioning.offsets.get(timestep, (0, 0))
         device, dtype = self.transformer.device, self.transformer.dtype
-        sample = tiles.flatten(2).transpose(1, 2).to(device, dtype)
+        shown = moved(tiles, offset)
+        height, width = shown.shape[-2:]
+        sample = pack(shown).to(device, dtype)
+        num_tokens = sample.shape[1]
         ids = field_ids(height, width, time=0)
         if conditioning.control is not None:
-            reference = gather(conditioning.control, places).flatten(2).transpose(1, 2).to(device, dtype)
+            reference = pack(moved(gather(conditioning.control, places), offset)).to(sample)
             sample = torch.cat([sample, reference], dim=1)
             ids = torch.cat([ids, field_ids(height, width, time=REFERENCE_TIME)])
         text = conditioning.texts_for(places)
         guided = conditioning.negative is not None
         if conditioning.negative is not None:
-            text = joined(Conditioning(texts=(conditioning.negative,)).texts_for(places), text)
+            text = joined(repeated(conditioning.negative, len(places)), text)
             sample = sample.repeat(2, 1, 1)
         num_words = text.prompt_embeds.shape[1]
         words = torch.cat([torch.zeros(num_words, 3), torch.arange(num_words)[:, None].float()], dim=1)
-        velocity = self.transformer(
+        tokens = self.transformer(
             sample,
             encoder_hidden_states=text.prompt_embeds,
             timestep=torch.full((sample.shape[0],), timestep, device=device),
@@ -140,31 +145,23 @@ class Flux2:
             txt_ids=words.to(device),
             guidance=None,
             return_dict=False,
-        )[0][:, : height * width]
-        velocity = velocity.to(tiles.device, torch.float32).transpose(1, 2).unflatten(2, (height, width))
+        )[0][:, :num_tokens]
+        velocity = stayed(unpack(tokens.to(tiles.device, torch.float32), height, width), offset)
         if not guided:
             return velocity
         negative, positive = velocity.chunk(2)
         return negative + conditioning.guidance_scale * (positive - negative)
 
 
-def tokens_of(latents: Tensor) -> Tensor:
-    """(N, C, h, w) with even sides to (N, 4 C, h / 2, w / 2)."""
-    count, channels, height, width = latents.shape
-    cells = latents.reshape(count, channels, height // 2, 2, width // 2, 2).permute(0, 1, 3, 5, 2, 4)
-    return cells.reshape(count, 4 * channels, height // 2, width // 2)
-
-
-def latents_of(tokens: Tensor) -> Tensor:
-    """The inverse of `tokens_of`."""
-    count, size, height, width = tokens.shape
-    cells = tokens.reshape(count, size // 4, 2, 2, height, width).permute(0, 1, 4, 2, 5, 3)
-    return cells.reshape(count, size // 4, 2 * height, 2 * width)
+def says_distilled(folder: Path) -> bool:
+    """What a folder says of its model; those that say nothing are the distilled ones."""
+    index = folder / "model_index.json"
+    return bool(json.loads(index.read_text(encoding="utf-8")).get("is_distilled", True)) if index.is_file() else True
 
 
 def field_ids(height: int, width: int, *, time: int) -> Tensor:
-    """(height * width, 4) float32: the picture's number, row, column and zero of every token of a field."""
-    rows, columns = torch.arange(height), torch.arange(width)
+    """(h * w / 4, 4) float32: the picture's number, row, column and zero of every token of latents (height, width)."""
+    rows, columns = torch.arange(height // TOKEN_LATENTS), torch.arange(width // TOKEN_LATENTS)
     return torch.cartesian_prod(torch.tensor([time]), rows, columns, torch.tensor([0])).float()
 
 

@@ -35,7 +35,7 @@ from pipelines.models import Family, Models
 from pipelines.multidiffusion import tiled_denoise
 from pipelines.planning import Limits, check_memory, plan_size
 from pipelines.progress import Progress, Stages
-from pipelines.redraw import TILE_OVERLAP_LATENTS, Bands, Canvas, Tones
+from pipelines.redraw import Bands, Canvas, Tones
 from pipelines.residency import Residency
 from pipelines.safety import SafetyChecker
 from pipelines.tiling import Grid, Tile, fit_grid
@@ -65,6 +65,7 @@ class Profile:
         controlnet: Folder of the upscaler ControlNet; None for a model that is given the picture itself.
         vae: Folder of the VAE.
         max_tile_px: Longest side of a tile.
+        tile_overlap_px: Least that neighbours share, and the width of the band in which they are cross-faded.
         max_text_tokens: Tokens that T5 encodes.
         prompt_suffix: Said after every caption.
         negative_prompt: What true guidance leads away from, for models that have no embedded guidance.
@@ -76,6 +77,7 @@ class Profile:
     controlnet: str | None
     vae: str
     max_tile_px: int
+    tile_overlap_px: int
     max_text_tokens: int
     prompt_suffix: str
     negative_prompt: str
@@ -92,6 +94,7 @@ PROFILES = {
         controlnet="controlnet-upscaler-flux",
         vae="vae",
         max_tile_px=192,
+        tile_overlap_px=32,
         max_text_tokens=48,
         prompt_suffix=", high quality, highly detailed, high resolution, sharp",
         negative_prompt="blurry, low resolution, low quality, pixelated, compression artifacts, noisey, grainy",
@@ -104,6 +107,7 @@ PROFILES = {
         controlnet="controlnet-upscaler-flux1-dev",
         vae="flux1-dev/vae",
         max_tile_px=1280,
+        tile_overlap_px=128,
         max_text_tokens=256,
         prompt_suffix=QUALITY,
         negative_prompt="",
@@ -116,6 +120,7 @@ PROFILES = {
         controlnet=None,
         vae="flux2-klein-4b/vae",
         max_tile_px=1280,
+        tile_overlap_px=128,
         max_text_tokens=512,
         prompt_suffix=QUALITY,
         negative_prompt="",
@@ -175,6 +180,13 @@ class FluxVisionUpscaler:
         models = Models(store, target, residency, dtype=dtype)
         return cls(models, profile, weights=models.description)
 
+    def warm_up(self) -> None:
+        """Load what a request with the default values needs."""
+        assert self.family
+        self._captioner()
+        self.models.checker()
+        self.models.prestage()
+
     @property
     def family(self) -> Family:
         """Transformer, ControlNet and text encoders, with the VAE; loaded when first asked for."""
@@ -223,7 +235,7 @@ class FluxVisionUpscaler:
         started = time.perf_counter()
         caption = self._caption(picture.rgb, stages)
         vae, grid = self.family.canvas.vae, self._grid(size)
-        tiles = describe_tiles(grid, self._px_per_position)
+        tiles = describe_tiles(grid, vae.scale_factor)
         recipe = recipe_of("flux_vision_upscaler", picture, params, size, self.weights, tiles=tiles, caption=caption)
         checker = self._checker(params, stages)
         if checker is not None and self._is_unsafe(checker, picture, stages):
@@ -255,21 +267,17 @@ class FluxVisionUpscaler:
         check_memory(picture.width, picture.height, size, needed=canvas.bytes_needed(size[1], size[0]))
         return size
 
-    @property
-    def _px_per_position(self) -> int:
-        """Pixels along each side of what tiles are counted in: latents, or tokens."""
-        return self.family.canvas.vae.scale_factor * int(self.family.model.latents_per_position)
-
     def _grid(self, size: tuple[int, int]) -> Grid:
         """Tiles for a result of `size` (width, height) px, padded to what VAE and transformer can halve."""
-        multiple = self.family.canvas.padding_multiple
-        width, height = (-(-side // multiple) * multiple // self._px_per_position for side in size)
+        canvas = self.family.canvas
+        factor, multiple = canvas.vae.scale_factor, canvas.padding_multiple
+        width, height = (-(-side // multiple) * multiple // factor for side in size)
         return fit_grid(
             height,
             width,
-            max_tile=self.profile.max_tile_px // self._px_per_position,
-            overlap=TILE_OVERLAP_LATENTS // int(self.family.model.latents_per_position),
-            multiple=TOKEN_LATENTS // int(self.family.model.latents_per_position),
+            max_tile=self.profile.max_tile_px // factor,
+            overlap=self.profile.tile_overlap_px // factor,
+            multiple=TOKEN_LATENTS,
         )
 
     def _caption(self, image: Image.Image, stages: Stages) -> str:
@@ -314,9 +322,10 @@ class FluxVisionUpscaler:
         model, canvas = self.family.model, self.family.canvas
         with stages.stage("prompt"):
             texts = self._texts(captions)
-            negative = None
-            if params.guidance_scale > 1 and model.takes_negative:
-                negative = model.encode(self.profile.negative_prompt)
+            is_guided = params.guidance_scale > 1 and model.takes_negative
+            negative = model.encode(self.profile.negative_prompt) if is_guided else None
+            if params.guidance_scale > 1 and not (is_guided or model.embeds_guidance):
+                stages.remark("prompt", "guidance has no effect: this model was distilled to one guidance")
 
         def denoise(start: Tensor) -> Tensor:
             conditioning = Conditioning(
@@ -347,16 +356,22 @@ class FluxVisionUpscaler:
     ) -> tuple[tuple[Tile, ...], list[str]]:
         """The tiles, and what the input shows in each; `caption` where the captioner fails."""
         regions, captions = tuple(grid.tiles()), []
-        captioner, px_per_latent = self._captioner(), self._px_per_position / params.scale
+        captioner, px_per_latent = self._captioner(), self.family.canvas.vae.scale_factor / params.scale
         assert captioner is not None  # it made the caption
+        failures: list[CaptionFailed] = []
         with stages.stage("tile_captions", total=len(regions)) as on_step:
             for number, region in enumerate(regions):
                 part = image.crop(shown_in(region, image.size, px_per_latent))
                 try:
                     captions.append(captioner.caption(part, INSTRUCTION, max_tokens=CAPTION_TOKENS) or caption)
-                except CaptionFailed:
+                except CaptionFailed as error:
                     captions.append(caption)
+                    failures.append(error)
                 on_step(number + 1)
+        if failures:
+            stages.remark(
+                "tile_captions", f"{len(failures)} of {len(regions)} tiles have the caption of the whole: {failures[0]}"
+            )
         return regions, captions
 
     def _denoise(self, start: Tensor, grid: Grid, conditioning: Conditioning, params: Params, stages: Stages) -> Tensor:
