@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -70,13 +71,18 @@ def find_network(folder: Path) -> Path | None:
     return files[0] if files else None
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path, *, with_classes: bool = False) -> dict[str, Tensor]:
     """The tensors of a file, without the wrappings that training scripts leave around them.
 
+    Args:
+        file: Safetensors, or a pickle, of which only tensors are read.
+        with_classes: Accept a pickle that names classes beside its tensors, as the checkpoints of training frameworks
+            do; none of them is imported, let alone called.
+
     Raises:
-        UnsuitableNetwork: The file holds no tensors by name.
+        UnsuitableNetwork: The file cannot be read, or holds no tensors by name.
     """
-    loaded: Any = load_file(file) if file.suffix == ".safetensors" else _unpickled(file)
+    loaded: Any = _safetensors(file) if file.suffix == ".safetensors" else _unpickled(file, with_classes=with_classes)
     while isinstance(loaded, Mapping) and (key := next((key for key in _WRAPPERS if key in loaded), None)):
         loaded = loaded[key]
     if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
@@ -84,9 +90,26 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in loaded.items()}
 
 
-def _unpickled(file: Path) -> Any:
+def _safetensors(file: Path) -> dict[str, Tensor]:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UnsuitableNetwork(f"{file.name} is no safetensors file, or a damaged one: {error}") from error
+
+
+class _Inert:
+    """Stands for a class that a checkpoint names: takes whatever is handed to it and does nothing."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
+
+
+def _unpickled(file: Path, *, with_classes: bool) -> Any:
+    try:
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(file) if with_classes else []
+        with torch.serialization.safe_globals([(_Inert, name) for name in named]):
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever a pickle leads to
         raise UnsuitableNetwork(f"{file.name} holds more than tensors, or is damaged: {error}") from error
 
