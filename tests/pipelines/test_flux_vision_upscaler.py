@@ -6,16 +6,19 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from io import BytesIO
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from benchmarks import metrics
 from pipelines.delivery import to_pixels, to_tensor
 from pipelines.errors import Cancelled, CaptionFailed, ImageTooLarge, ModelsMissing
+from pipelines.flux import FlowSampler
 from pipelines.flux_vision_upscaler import (
     NO_CAPTION,
     PROFILES,
@@ -28,6 +31,7 @@ from pipelines.planning import Limits
 from pipelines.progress import Report
 from pipelines.tiling import Tile
 from tests.conftest import png_bytes
+from tests.pipelines.staging import KINDS, encoded
 from weights.store import WeightStore
 
 LIMITS = Limits(
@@ -53,12 +57,13 @@ def small_tiles(pipeline: FluxVisionUpscaler, monkeypatch: pytest.MonkeyPatch) -
 
 
 def run(
-    pipeline: FluxVisionUpscaler, image: Image.Image, **changes: Any
+    pipeline: FluxVisionUpscaler, image: Image.Image | bytes, **changes: Any
 ) -> tuple[Image.Image, CaptionedResult, list[Report]]:
     """Upscale; returns the picture, the result and the reports."""
     output, reports = BytesIO(), []
     params = replace(QUICK, **changes)
-    result = pipeline(png_bytes(image), params, limits=LIMITS, output=output, progress=reports.append)
+    data = image if isinstance(image, bytes) else png_bytes(image)
+    result = pipeline(data, params, limits=LIMITS, output=output, progress=reports.append)
     return Image.open(BytesIO(output.getvalue())), result, reports
 
 
@@ -74,6 +79,39 @@ def test_output_size_is_exact(pipeline: FluxVisionUpscaler, size: tuple[int, int
 
     assert picture.size == (round(size[0] * scale), round(size[1] * scale))
     assert (result.width, result.height) == picture.size
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pictures_of_every_kind(pipeline: FluxVisionUpscaler, kind: str) -> None:
+    """One pixel, grey, 16 bits, palette, CMYK, an animation and transparency: the exact size, the right colour."""
+    make, mode, colour = KINDS[kind]
+    picture, _, _ = run(pipeline, make())
+
+    assert picture.mode == mode
+    assert picture.size == ((2, 2) if kind == "one pixel" else (48, 32))
+    assert np.abs(np.asarray(picture.convert("RGB"), dtype=int)[-1, -1] - colour).max() <= 12
+
+
+def test_a_picture_lies_as_its_camera_was_held(pipeline: FluxVisionUpscaler) -> None:
+    """EXIF orientation 6: what is stored upright was taken on its side."""
+    image, exif = Image.new("RGB", (40, 24), (40, 90, 160)), Image.Exif()
+    image.paste((200, 60, 40), (0, 0, 20, 24))
+    exif[0x0112] = 6
+    picture, _, _ = run(pipeline, encoded(image, "JPEG", quality=95, exif=exif))
+
+    assert picture.size == (48, 80)
+    corners = [picture.getpixel((24, 4)), picture.getpixel((24, 75))]
+    assert np.abs(np.array(corners, int) - [(200, 60, 40), (40, 90, 160)]).max() <= 20
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3])
+def test_a_long_strip_works(pipeline: FluxVisionUpscaler, strength: float) -> None:
+    """1,500 x 5 pixels: many tiles in a row, in one piece, and safe to show."""
+    strip = Image.effect_noise((1_500, 5), 40).convert("RGB")
+    picture, _, _ = run(pipeline, strip, scale=1.0, strength=strength)
+
+    assert picture.size == (1_500, 5)
+    assert metrics.colour_shift(picture, strip) <= 3
 
 
 def test_creativity_zero_returns_the_prestage_picture(pipeline: FluxVisionUpscaler, photo_crop: Image.Image) -> None:
@@ -260,6 +298,35 @@ def test_cancelled_request_stops_within_a_step(pipeline: FluxVisionUpscaler, pho
     assert np.array_equal(np.asarray(run(pipeline, photo_crop)[0]), np.asarray(wanted))
 
 
+@pytest.mark.usefixtures("small_tiles")
+def test_cancelled_request_makes_no_further_batch_of_tiles(
+    pipeline: FluxVisionUpscaler, photo_crop: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a step, after the batch that is under way."""
+    predict, made = pipeline.family.model.predict, []
+    monkeypatch.setattr(pipeline, "tile_batch", 1)
+    monkeypatch.setattr(pipeline.family.model, "predict", lambda *given: made.append(given[1]) or predict(*given))
+
+    def stop(report: Report) -> None:
+        if len(made) == 2:
+            raise Cancelled("enough")
+
+    with pytest.raises(Cancelled):
+        pipeline(png_bytes(photo_crop), QUICK, limits=LIMITS, output=BytesIO(), progress=stop)
+    assert len(made) == 2 and len(made[0]) == 1
+
+
+def test_large_pictures_are_streamed_to_the_same_pixels(
+    pipeline: FluxVisionUpscaler, photo_crop: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond the exact VAE's limit memory is bounded, and the picture is the same but for rounding."""
+    part = photo_crop.crop((0, 0, 64, 48))
+    exact = run(pipeline, part)[0]
+    monkeypatch.setattr(pipeline.family.canvas, "exact_px", 1)
+
+    assert distance(run(pipeline, part)[0], exact) < 0.1
+
+
 def test_too_large_a_result_is_refused(pipeline: FluxVisionUpscaler) -> None:
     """Before any work, with the largest input that would do."""
     with pytest.raises(ImageTooLarge, match="upscale_factor"):
@@ -274,9 +341,44 @@ def test_missing_models_are_named(pocket: WeightStore) -> None:
         run(pipeline, Image.new("RGB", (8, 8)))
 
 
-def test_creativity_means_the_same_at_every_size(pipeline: FluxVisionUpscaler) -> None:
-    """Noise levels follow the profile's tile, not the picture; those of flux1-dev are the published ones."""
-    levels = pipeline.sigmas(replace(QUICK, num_inference_steps=20))
+def test_noise_is_one_field_whatever_the_tiles(
+    pipeline: FluxVisionUpscaler, photo_crop: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The seed's noise lies on the whole picture: what the loop begins with does not depend on the tiles."""
+    begun: list[Tensor] = []
+    start = FlowSampler.start
 
-    assert len(levels) == 21 and levels[0] == pytest.approx(0.079, abs=1e-3)
-    assert PROFILES["flux1-dev"].max_tile_px // 16 == 80
+    def noted(sampler: FlowSampler, latents: Tensor, noise: Tensor) -> Tensor:
+        begun.append(start(sampler, latents, noise))
+        return begun[-1]
+
+    sigmas = pipeline.sigmas(QUICK)
+    monkeypatch.setattr(FlowSampler, "start", noted)
+    monkeypatch.setattr(pipeline, "sigmas", lambda params: sigmas)
+    for max_tile_px in (64, 512):
+        monkeypatch.setattr(pipeline, "profile", replace(pipeline.profile, max_tile_px=max_tile_px))
+        run(pipeline, photo_crop.crop((0, 0, 64, 48)))
+
+    assert torch.equal(begun[0], begun[1])
+
+
+def test_creativity_means_the_same_at_every_size(pipeline: FluxVisionUpscaler, photo_crop: Image.Image) -> None:
+    """One tile or two: the same noise level is told, and a picture put beside itself is changed as much as alone."""
+    part = photo_crop.crop((0, 0, 50, 48))
+    wide = Image.new("RGB", (100, 96))
+    for left, top in product((0, 50), (0, 48)):
+        wide.paste(part, (left, top))
+    levels, changes = [], []
+    for image in (part, wide):
+        picture, _, reports = run(pipeline, image, strength=0.3)
+        levels += [report.message for report in reports if report.message]
+        changes.append(distance(picture, run(pipeline, image, strength=0.0)[0]))
+
+    assert levels[0] == levels[1] and "4 steps from noise level 0.079" in levels[0]
+    assert changes[1] == pytest.approx(changes[0], rel=0.15), changes
+
+
+def test_schedule_of_the_published_models(pocket: WeightStore) -> None:
+    """Their tiles have the longest side that FLUX.1's schedule knows a shift for, or more."""
+    for profile in ("flux1-dev", "flux2-klein-4b"):
+        assert (PROFILES[profile].max_tile_px // 16) ** 2 >= 4096
