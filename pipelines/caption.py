@@ -22,6 +22,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Protocol
 
+import structlog
 import torch
 from PIL import Image
 from torch import Tensor
@@ -34,6 +35,8 @@ from transformers import (
 
 from pipelines.errors import CaptionFailed
 from pipelines.prompts import CHUNK_TOKENS, parse
+
+log = structlog.get_logger()
 
 MAX_PIXELS = 1_000_000
 """Pictures are reduced to this before a captioner sees them: none looks at more than 384 x 384 pixels."""
@@ -70,7 +73,7 @@ def load_captioner(folder: Path, *, device: str, dtype: torch.dtype | None = Non
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
         return CAPTIONERS[kind].load(folder, device=device, dtype=dtype)
     except Exception as error:
-        raise CaptionFailed(f"No captioner can be read from {folder}: {_reason(error)}") from error
+        raise caption_failed("This server's captioner cannot be read", error) from error
 
 
 class _BlipCaptioner(ABC):
@@ -87,7 +90,7 @@ class _BlipCaptioner(ABC):
                 tokens = self.generate(reduced(image), instruction, max_tokens)
             text = self.processor.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
         except Exception as error:
-            raise CaptionFailed(f"The captioner failed: {_reason(error)}") from error
+            raise caption_failed("The captioner failed", error) from error
         return " ".join(text.split())
 
     @abstractmethod
@@ -205,7 +208,7 @@ def _num_tokens(text: str, tokenizer: Any) -> int:
     return len(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
 
 
-def _reason(error: Exception) -> str:
-    """The first line of an error with its type: it goes to a log."""
-    message = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {message[0]}" if message else type(error).__name__
+def caption_failed(what: str, error: Exception) -> CaptionFailed:
+    """The error for the caller's log, which names the kind of fault alone; the rest is for the operator's."""
+    log.warning("captioner_failed", what=what, error=str(error), exc_info=error)
+    return CaptionFailed(f"{what} ({type(error).__name__}).")

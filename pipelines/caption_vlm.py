@@ -27,8 +27,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from pipelines.caption import MAX_TOKENS
-from pipelines.errors import CaptionFailed
+from pipelines.caption import MAX_TOKENS, caption_failed
 
 MAX_PIXELS = 1024 * 1024
 """Area at which a picture is looked at; more says little more and takes quadratically longer."""
@@ -134,7 +133,7 @@ def load_vision_captioner(
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
         captioner: QwenCaptioner | SmolCaptioner = CAPTIONERS[kind].load(folder, device=device, dtype=dtype)
     except Exception as error:
-        raise CaptionFailed(f"No captioner can be read from {folder}: {error}") from error
+        raise caption_failed("This server's captioner cannot be read", error) from error
     return captioner
 
 
@@ -143,4 +142,4 @@ def told(answer: Callable[[], str]) -> str:
     try:
         return " ".join(answer().split())
     except Exception as error:
-        raise CaptionFailed(f"The captioner failed: {type(error).__name__}: {error}") from error
+        raise caption_failed("The captioner failed", error) from error

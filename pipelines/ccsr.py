@@ -16,7 +16,7 @@ and all noise is drawn for the whole latent, so the tile grid does not show in i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,15 @@ from diffusers import AutoencoderKL, DDPMScheduler
 from torch import Tensor
 
 from pipelines.bands import cut, filter_bands
-from pipelines.colour import adain_match, halo_rows, wavelet_match
+from pipelines.colour import adain, halo_rows, moments, wavelet_match
 from pipelines.errors import NonFiniteResult
 from pipelines.multidiffusion import Denoiser, fused_prediction
-from pipelines.prescale import PreStage, nothing
-from pipelines.redraw import EXACT_PX, compensated, compensated_in_bands
+from pipelines.prescale import BandedPreStage, nothing
+from pipelines.redraw import EXACT_PX, Canvas, compensated, compensated_in_bands
+from pipelines.spool import Pixels, Spool, rows_of
 from pipelines.streamed_vae import StreamedVAE
 from pipelines.tiling import Grid, Tile, fit_grid, gather
-from pipelines.vae import TiledVAE, pad_to_multiple
+from pipelines.vae import TiledVAE
 from weights.ccsr import Layout, Networks, load_networks, read_layout
 
 TILE_BATCH = {"cpu": 1, "cuda": 8}
@@ -234,22 +235,24 @@ class CCSR:
         vae: Encodes the enlarged picture and decodes the restored one.
         base: Enlarges to the exact size.
         layout: How the networks were meant to be run.
-        exact_px: Pictures of more pixels pass through the VAE in bounded memory, see `streamed_vae`.
+        exact_px: Pictures of more pixels pass through the VAE in bounded memory, see `Canvas`.
     """
 
     def __init__(
-        self, model: RestoringUNet, vae: AutoencoderKL, base: PreStage, layout: Layout, *, exact_px: int = EXACT_PX
+        self,
+        model: RestoringUNet,
+        vae: AutoencoderKL,
+        base: BandedPreStage,
+        layout: Layout,
+        *,
+        exact_px: int = EXACT_PX,
     ) -> None:
-        self.model = model
-        self.vae = TiledVAE(vae.eval(), park_device=torch.device("cpu") if vae.device.type == "cuda" else None)
-        self.base = base
-        self.layout = layout
-        self.exact_px = exact_px
+        self.model, self.base, self.layout = model, base, layout
+        self.canvas = Canvas(vae, size_multiple=model.size_multiple, exact_px=exact_px)
         self.tile_batch = TILE_BATCH[vae.device.type]
-        self.padding_multiple = self.vae.scale_factor * max(8, model.size_multiple)
 
     @classmethod
-    def load(cls, folder: Path, *, device: torch.device, dtype: torch.dtype, base: PreStage) -> CCSR:
+    def load(cls, folder: Path, *, device: torch.device, dtype: torch.dtype, base: BandedPreStage) -> CCSR:
         """Load from a folder with `ccsr.json`; nothing is downloaded."""
         layout = read_layout(folder)
         found = load_networks(folder, layout, dtype=dtype)
@@ -261,45 +264,57 @@ class CCSR:
 
     def with_layout(self, **changes: Any) -> CCSR:
         """The same networks run in another way, for example with other `num_steps`."""
-        return CCSR(self.model, self.vae.vae, self.base, replace(self.layout, **changes), exact_px=self.exact_px)
+        layout, canvas = replace(self.layout, **changes), self.canvas
+        return CCSR(self.model, canvas.vae.vae, self.base, layout, exact_px=canvas.exact_px)
 
-    @torch.inference_mode()
     def __call__(
         self, image: Tensor, size: tuple[int, int], on_tile: Callable[[], None] = nothing, *, seed: int = 0
     ) -> Tensor:
         """Enlarge and restore an image; see `PreStage`."""
-        enlarged = self.base(image, size, on_tile, seed=seed)
-        padded = pad_to_multiple(enlarged, self.padding_multiple)
-        streamed = padded.shape[-2] * padded.shape[-1] > self.exact_px
-        condition = (StreamedVAE(self.vae) if streamed else self.vae).encode(padded, on_tile).float()
+        return self._restored(image, size, on_tile, seed)[..., :, :]
+
+    def bands(
+        self, image: Pixels, size: tuple[int, int], on_tile: Callable[[], None] = nothing, *, seed: int = 0
+    ) -> Iterator[Tensor]:
+        """Enlarge and restore an image; see `BandedPreStage`."""
+        yield from rows_of(self._restored(image, size, on_tile, seed))
+
+    @torch.inference_mode()
+    def _restored(self, image: Pixels, size: tuple[int, int], on_tile: Callable[[], None], seed: int) -> Pixels:
+        """The restored picture, in a `Spool` if it is large."""
+        padded = self.canvas.pad_bands(self.base.bands(image, size, on_tile, seed=seed), size)
+        vae = self.canvas.vae
+        if isinstance(padded, Tensor):
+            condition = vae.encode(padded, on_tile).float()
+        else:
+            condition = StreamedVAE(vae).encode(padded, on_tile)
         grid = fit_grid(*condition.shape[-2:], max_tile=self.layout.max_tile, overlap=self.layout.tile_overlap)
-        generator = torch.Generator("cpu").manual_seed(seed)
         clean = restore(
             self.model,
             condition,
             self.layout,
             grid=grid,
             tile_batch=self.tile_batch,
-            generator=generator,
+            generator=torch.Generator("cpu").manual_seed(seed),
             on_tile=on_tile,
         )
         clean = above_noise(clean, condition, self.layout.noise_floor)
         try:
-            return self._picture(self.vae, condition, clean, padded, enlarged, on_tile)
+            return self._picture(vae, condition, clean, padded, size, on_tile)
         except NonFiniteResult:
-            if self.vae.dtype == torch.float32:
+            if vae.dtype == torch.float32:
                 raise
-            return self._picture(self.vae.in_float32(), condition, clean, padded, enlarged, on_tile)
+            return self._picture(vae.in_float32(), condition, clean, padded, size, on_tile)
 
     def _picture(
         self,
         vae: TiledVAE,
         condition: Tensor,
         clean: Tensor,
-        padded: Tensor,
-        enlarged: Tensor,
+        padded: Pixels,
+        size: tuple[int, int],
         on_tile: Callable[[], None],
-    ) -> Tensor:
+    ) -> Pixels:
         """Decode the clean latents and give them the colours of the enlarged picture."""
         levels = WAVELET_LEVELS if self.layout.color_fix == "wavelet" else 0
 
@@ -307,12 +322,19 @@ class CCSR:
             return wavelet_match(rows, reference, levels=levels, amount=1.0) if levels else rows
 
         weight = 1.0 if self.layout.round_trip_compensation else 0.0
-        decode = compensated_in_bands if padded.shape[-2] * padded.shape[-1] > self.exact_px else compensated
+        decode: Any = compensated if isinstance(padded, Tensor) else compensated_in_bands
         pairs = decode(vae, condition, clean, padded, weight=weight, on_tile=on_tile)
-        restored, top = torch.empty_like(enlarged), 0
-        for band in cut(filter_bands(pairs, match, halo=halo_rows(levels)), *enlarged.shape[-2:]):
-            restored[..., top : top + band.shape[-2], :] = band.to(restored.device)
-            top += band.shape[-2]
+        decoded = cut(filter_bands(pairs, match, halo=halo_rows(levels)), *size)
+        if isinstance(padded, Tensor):
+            restored: Pixels = torch.cat(list(decoded), dim=-2).to(padded.device)
+        else:
+            restored = Spool.of(decoded, *size)
         if self.layout.color_fix == "adain":
-            restored = adain_match(restored, enlarged)
-        return restored.clamp_(0, 1)
+            restored = self._adain(restored, padded, size)
+        return restored.clamp(0, 1) if isinstance(restored, Tensor) else restored
+
+    @staticmethod
+    def _adain(restored: Pixels, padded: Pixels, size: tuple[int, int]) -> Pixels:
+        found, wanted = moments(rows_of(restored)), moments(cut(rows_of(padded), *size))
+        bands = (adain(rows, found, wanted) for rows in rows_of(restored))
+        return torch.cat(list(bands), dim=-2) if isinstance(restored, Tensor) else Spool.of(bands, *size)

@@ -1,10 +1,13 @@
 """Give a result back the colours of its reference: diffusion and VAE shift tones, mostly towards mid-grey.
 
 `wavelet_match` replaces the coarse part of the result by that of the reference, as SUPIR and StableSR do
-(arXiv:2305.07015); `adain_match` gives it the reference's mean and contrast as a whole (arXiv:1703.06868).
+(arXiv:2305.07015); `adain` gives it the reference's mean and contrast as a whole (arXiv:1703.06868).
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,21 +55,41 @@ def wavelet_match(
     return (result + amount * low).clamp_(0, 1)
 
 
-def adain_match(result: Tensor, reference: Tensor, *, max_gain: float = 2.0) -> Tensor:
-    """Give each channel of a picture the mean and the standard deviation that it has in the reference.
+class Moments(NamedTuple):
+    """Of each channel of a picture, (1, 3, 1, 1) float32."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+def moments(bands: Iterable[Tensor]) -> Moments:
+    """The moments of a picture whose bands (1, 3, rows, W) follow each other."""
+    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    for band in bands:
+        values = band.double()
+        count += band.shape[-2] * band.shape[-1]
+        total = total + values.sum(dim=(-2, -1), keepdim=True).cpu()
+        squares = squares + values.square().sum(dim=(-2, -1), keepdim=True).cpu()
+    mean = total / count
+    return Moments(mean.float(), (squares / count - mean.square()).clamp_min(0).float())
+
+
+def adain(band: Tensor, found: Moments, wanted: Moments, *, max_gain: float = 2.0) -> Tensor:
+    """Give a picture, or a band of it, other moments in each channel.
 
     Args:
-        result: (1, 3, H, W) floating point, 0..1.
-        reference: Of the same shape, dtype and device.
+        band: (1, 3, rows, W) floating point, 0..1.
+        found: Of the whole picture.
+        wanted: Of its reference.
         max_gain: Contrast is raised at most this often: of a flat picture nothing but noise would be raised.
 
     Returns:
-        (1, 3, H, W), clamped to 0..1, same dtype and device.
+        (1, 3, rows, W), clamped to 0..1, same dtype and device.
     """
-    variance, mean = torch.var_mean(result.float(), dim=(-2, -1), keepdim=True, correction=0)
-    wanted_variance, wanted_mean = torch.var_mean(reference.float(), dim=(-2, -1), keepdim=True, correction=0)
-    gain = ((wanted_variance + _LEAST_VARIANCE) / (variance + _LEAST_VARIANCE)).sqrt().clamp(max=max_gain)
-    return torch.addcmul(wanted_mean - mean * gain, result.float(), gain).clamp_(0, 1).to(result.dtype)
+    ratio = (wanted.variance + _LEAST_VARIANCE) / (found.variance + _LEAST_VARIANCE)
+    gain = ratio.sqrt().clamp(max=max_gain)
+    offset = wanted.mean - found.mean * gain
+    return torch.addcmul(offset.to(band.device), band.float(), gain.to(band.device)).clamp_(0, 1).to(band.dtype)
 
 
 def _low_band(image: Tensor, levels: range) -> Tensor:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.adapters import applied, match
+from pipelines.bands import cut
 from pipelines.caption import join_within_window
 from pipelines.delivery import Result, describe_tiles, opaque, recipe_of
 from pipelines.errors import CaptionFailed, InvalidParams, NonFiniteResult
@@ -34,13 +35,14 @@ from pipelines.models import Family, Models
 from pipelines.multidiffusion import tiled_denoise
 from pipelines.planning import Limits, check_memory
 from pipelines.planning import plan_size as plan_any_size
-from pipelines.prescale import PreStage
+from pipelines.prescale import BandedPreStage
 from pipelines.progress import Progress, Stages
 from pipelines.redraw import Bands, Tones
 from pipelines.residency import Residency
 from pipelines.safety import SafetyChecker
 from pipelines.samplers import NoiseSampler
 from pipelines.schedules import detail_factor, sigma_bounds, sigma_ramp
+from pipelines.spool import Pixels, rows_of
 from pipelines.tiling import Grid
 from weights.detect import FAMILY_NAMES, SD_1_5, SDXL
 from weights.embedding import fitting
@@ -151,12 +153,11 @@ class CreativeUpscaler:
         recipe = self._recipe(picture, params, size, grid, adapted.family)
         prestage, checker = self._prestage(params, stages), self._checker(params, stages)
         with stages.stage("preupscale"):
-            beat = partial(stages.beat, "preupscale")
-            before = prestage(opaque(picture), (size[1], size[0]), on_tile=beat, seed=params.seed)
-        bands: Bands = lambda vae: iter([before])  # noqa: E731  # one of two, chosen by the strength
+            before = self._enlarged(picture, size, prestage, params, adapted.family, stages)
+        bands: Bands = lambda vae: cut(rows_of(before), size[1], size[0])  # noqa: E731  # one of two, by the strength
         if params.strength > 0:
             with applied(adapted.layers, params.lora_scale):
-                bands = self._redraw(before, grid, params, adapted, stages)
+                bands = self._redraw(before, size, grid, params, adapted, stages)
         with _blaming_files(params):
             deliver_checked(bands, adapted.family.canvas.vae, picture, recipe, output, stages, checker)
         stages.timings["inference"] = time.perf_counter() - started
@@ -209,13 +210,27 @@ class CreativeUpscaler:
             stages.remark("caption", f"{error} The prompt is prompt_suffix alone.")
         return replace(params, prompt=prompt, prompt_suffix="")
 
-    def _prestage(self, params: Params, stages: Stages) -> PreStage:
+    def _prestage(self, params: Params, stages: Stages) -> BandedPreStage:
         if not params.restore:
             return self.models.prestage()
         ccsr = self.models.ccsr()
         if ccsr is None:
             stages.remark("preupscale", NO_CCSR)
         return ccsr or self.models.prestage()
+
+    @staticmethod
+    def _enlarged(
+        picture: Picture,
+        size: tuple[int, int],
+        prestage: BandedPreStage,
+        params: Params,
+        family: Family,
+        stages: Stages,
+    ) -> Pixels:
+        """The picture that diffusion starts from, with sides padded to what the models can halve."""
+        beat = partial(stages.beat, "preupscale")
+        bands = prestage.bands(opaque(picture), (size[1], size[0]), beat, seed=params.seed)
+        return family.canvas.pad_bands(bands, (size[1], size[0]))
 
     def _checker(self, params: Params, stages: Stages) -> SafetyChecker | None:
         checker = self.models.checker() if params.check_safety else None
@@ -237,22 +252,23 @@ class CreativeUpscaler:
         }
         return recipe
 
-    def _redraw(self, before: Tensor, grid: Grid, params: Params, adapted: Adapted, stages: Stages) -> Bands:
+    def _redraw(
+        self, before: Pixels, size: tuple[int, int], grid: Grid, params: Params, adapted: Adapted, stages: Stages
+    ) -> Bands:
         """Run the diffusion pass; returns what decodes the finished picture."""
         model, canvas = adapted.family.model, adapted.family.canvas
-        padded = canvas.pad(before)
         with stages.stage("prompt"):
             conditioning = model.encode(
                 params.prompt,
                 params.negative_prompt,
                 guidance_scale=params.guidance_scale,
-                hint=padded,
+                hint=before,
                 controlnet_conditioning_scale=params.controlnet_conditioning_scale,
                 embeddings=adapted.embeddings,
             )
         return canvas.redraw(
-            padded,
-            (before.shape[-2], before.shape[-1]),
+            before,
+            (size[1], size[0]),
             lambda start: self._denoise(start, grid, model, conditioning, params, stages),
             Tones.of(params.strength, params.scale),
             stages,
@@ -277,6 +293,7 @@ class CreativeUpscaler:
                 tile_batch=self.tile_batch,
                 seed=params.seed,
                 on_step=on_step,
+                on_batch=partial(stages.beat, "denoise"),
             )
 
 
@@ -293,7 +310,7 @@ def plan_size(width: int, height: int, params: Params, limits: Limits, *, multip
 def _plan(picture: Picture, params: Params, limits: Limits, family: Family) -> tuple[int, int]:
     """Output (width, height) in px; refuses what is not allowed or does not fit into memory."""
     size = plan_size(picture.width, picture.height, params, limits, multiple=family.canvas.padding_multiple)
-    needed = family.canvas.bytes_needed(size[1], size[0])
+    needed = family.canvas.bytes_needed(size[1], size[0], pictures=0)
     check_memory(picture.width, picture.height, size, needed=needed)
     return size
 

@@ -8,7 +8,8 @@ deliver their result in bands, so that a picture larger than memory can be enlar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -16,10 +17,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from pipelines.errors import ModelsUnusable, NonFiniteResult
 from pipelines.spool import Pixels, Spool
 from weights.compact import load_compact
+from weights.rrdbnet import UnsuitableNetwork
 from weights.store import WeightStore
-from weights.superres import find_network, load_network
+from weights.superres import SUFFIXES, find_network, load_network
 
 TILE_PX = 1024
 """Side of the area that a network makes at once, of its result."""
@@ -59,7 +62,9 @@ class PreStage(Protocol):
 class BandedPreStage(PreStage, Protocol):
     """A pre-stage for pictures of any size."""
 
-    def bands(self, image: Pixels, size: tuple[int, int], on_tile: Callable[[], None] = nothing) -> Iterator[Tensor]:
+    def bands(
+        self, image: Pixels, size: tuple[int, int], on_tile: Callable[[], None] = nothing, *, seed: int = 0
+    ) -> Iterator[Tensor]:
         """Resize an image as `__call__` does, delivered as bands (1, 3, rows, width) from top to bottom."""
         ...
 
@@ -80,7 +85,9 @@ class Lanczos:
             target.copy_(torch.from_numpy(np.array(channel)))
         return resized.clamp_(0, 1).to(image.device)
 
-    def bands(self, image: Pixels, size: tuple[int, int], on_tile: Callable[[], None] = nothing) -> Iterator[Tensor]:
+    def bands(
+        self, image: Pixels, size: tuple[int, int], on_tile: Callable[[], None] = nothing, *, seed: int = 0
+    ) -> Iterator[Tensor]:
         """Resize an image; see `BandedPreStage`."""
         height, width = size
         source_height, source_width = image.shape[-2:]
@@ -95,14 +102,25 @@ class Lanczos:
                 band = image[..., top:bottom, :]
             else:
                 box = (0.0, top * ratio - upper, float(source_width), min(bottom * ratio - upper, slab.shape[-2]))
-                band = torch.stack([_resized(channel, (width, bottom - top), box) for channel in slab[0].cpu()])[None]
+                band = lanczos_part(slab, (width, bottom - top), box)
             on_tile()
             yield band.clamp(0, 1)
 
 
-def _resized(channel: Tensor, size: tuple[int, int], box: tuple[float, float, float, float]) -> Tensor:
-    picture = Image.fromarray(channel.float().numpy()).resize(size, Image.Resampling.LANCZOS, box=box)
-    return torch.from_numpy(np.array(picture))
+def lanczos_part(image: Tensor, size: tuple[int, int], box: tuple[float, float, float, float]) -> Tensor:
+    """Resize a part of a picture with Lanczos' filter, which looks at what is around the part too.
+
+    Args:
+        image: (1, C, H, W).
+        size: Wanted (width, height) in px.
+        box: Left, top, right and bottom in px of `image`, with fractions.
+
+    Returns:
+        (1, C, height, width) float32 on the CPU, not clamped.
+    """
+    channels = (Image.fromarray(channel.numpy()) for channel in image[0].float().cpu())
+    resized = (channel.resize(size, Image.Resampling.LANCZOS, box=box) for channel in channels)
+    return torch.from_numpy(np.stack([np.asarray(channel) for channel in resized]))[None]
 
 
 class NetworkPreStage:
@@ -139,7 +157,9 @@ class NetworkPreStage:
         return Lanczos()(image, size)
 
     @torch.inference_mode()
-    def bands(self, image: Pixels, size: tuple[int, int], on_tile: Callable[[], None] = nothing) -> Iterator[Tensor]:
+    def bands(
+        self, image: Pixels, size: tuple[int, int], on_tile: Callable[[], None] = nothing, *, seed: int = 0
+    ) -> Iterator[Tensor]:
         """Resize an image; see `BandedPreStage`. What lies between two passes of the network is spooled."""
         while self.factor > 1 and (image.shape[-2] < size[0] or image.shape[-1] < size[1]):
             height, width = self.factor * image.shape[-2], self.factor * image.shape[-1]
@@ -171,6 +191,8 @@ class NetworkPreStage:
                     columns : columns + self.factor * (right - left),
                 ]
                 on_tile()
+            if not torch.isfinite(band).all():
+                raise NonFiniteResult("The pre-upscaler's network makes values that are not finite.")
             yield band.clamp_(0, 1)
 
 
@@ -178,11 +200,28 @@ def load_prestage(store: WeightStore, device: torch.device) -> NetworkPreStage |
     """The pre-stage of a set of weights: the network file in `upscaler`, else the set's Compact network, else Lanczos.
 
     Raises:
-        UnsuitableNetwork: The file in `upscaler` cannot be read, or there are several.
+        ModelsUnusable: The file in `upscaler` cannot be read, or there are several.
     """
-    file = find_network(store.folder("upscaler")) if store.has("upscaler") else None
-    if file is not None:
-        return NetworkPreStage(load_network(file).to(device))
+    network = network_in(store, "upscaler", load_network)
+    if network is not None:
+        return NetworkPreStage(network.to(device))
     if store.has("upscaler-compact-x2"):
         return NetworkPreStage(load_compact(store.folder("upscaler-compact-x2")).to(device))
     return Lanczos()
+
+
+def network_in(
+    store: WeightStore, part: str, load: Callable[[Path], nn.Module], *, suffixes: Sequence[str] = SUFFIXES
+) -> nn.Module | None:
+    """The network in the one file of a part of a set of weights; None where there is none.
+
+    Raises:
+        ModelsUnusable: The file cannot be read, or there are several.
+    """
+    if not store.has(part):
+        return None
+    try:
+        file = find_network(store.folder(part), suffixes)
+        return None if file is None else load(file)
+    except UnsuitableNetwork as error:
+        raise ModelsUnusable(f"The file in the weights' folder `{part}` cannot be used: {error}") from error

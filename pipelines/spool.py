@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -69,3 +69,12 @@ class Spool:
         for row, line in zip(range(top, bottom), pixels, strict=True):
             os.preadv(self._file.fileno(), [line], (row * self.shape[-1] + left) * _PIXEL_BYTES)
         return torch.from_numpy(pixels.astype(np.float32) / _LEVELS).permute(2, 0, 1)[None]
+
+
+def rows_of(pixels: Pixels, rows: int = 512) -> Iterator[Tensor]:
+    """A picture in bands of so many rows, (1, 3, rows, W); one that is a tensor comes whole."""
+    if isinstance(pixels, Tensor):
+        yield pixels
+        return
+    for top in range(0, pixels.shape[-2], rows):
+        yield pixels[..., top : top + rows, :]

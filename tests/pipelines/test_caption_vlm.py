@@ -162,7 +162,7 @@ def test_a_failure_is_of_one_kind(captioner: QwenCaptioner | SmolCaptioner, tmp_
 
     captioner.model.generate = fail
 
-    with pytest.raises(CaptionFailed, match="out of memory"):
+    with pytest.raises(CaptionFailed, match="RuntimeError"):
         captioner.caption(Image.new("RGB", (8, 8)))
-    with pytest.raises(CaptionFailed, match="No captioner"):
+    with pytest.raises(CaptionFailed, match="cannot be read"):
         load_vision_captioner(tmp_path / "nothing", device="cpu")
