@@ -61,7 +61,11 @@ class FluxVisionUpscalerOutput(BaseModel):
     )
     caption: str = Field(
         description="The VLM-generated caption describing the upscaled image.",
-        examples=["A highly detailed upscaled photograph featuring sharp edges and enhanced textures."],
+        examples=[
+            "A highly detailed upscaled photograph featuring sharp edges and enhanced textures. The image shows "
+            "improved clarity in fine details with natural color preservation and minimal artifacts, demonstrating "
+            "the AI-enhanced resolution increase."
+        ],
     )
 
 

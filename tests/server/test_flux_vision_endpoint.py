@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from server.endpoints import ENDPOINTS
 from server.errors import InvalidInput
 from server.settings import Settings
 
+DATA = Path(__file__).parents[1] / "data"
 UPSCALER = ENDPOINTS["fal-ai/flux-vision-upscaler"]
 IMAGE = {"image_url": "https://example.com/a.png"}
 
@@ -61,6 +63,19 @@ def test_faults_have_fals_names(payload: Any, fault: tuple[str, ...]) -> None:
         UPSCALER.parse(payload)
 
     assert [(*item["loc"], item["type"]) for item in caught.value.items] == [fault]
+
+
+def test_output_is_the_documented_one() -> None:
+    """Names, order, types, words and examples equal the API document; nothing is optional."""
+    documented = json.loads((DATA / "flux_vision_upscaler_output.json").read_text())
+    schema = UPSCALER.output_model.model_json_schema()
+
+    assert list(schema["properties"]) == schema["required"] == [field["name"] for field in documented]
+    for field in documented:
+        ours = schema["properties"][field["name"]]
+        kind = "Image" if ours.get("$ref") == "#/$defs/Image" else ours["type"]
+        assert (kind, ours["description"]) == (field["type"], field["description"])
+        assert ours.get("examples") == field.get("examples")
 
 
 def test_output_has_fals_form() -> None:
