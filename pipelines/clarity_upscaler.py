@@ -86,6 +86,12 @@ class ClarityUpscaler:
     def __init__(self, models: Models, *, weights: dict[str, Any], loras: Sequence[DetailLora] = ()) -> None:
         self.models, self.weights, self.loras = models, weights, tuple(loras)
 
+    def warm_up(self) -> None:
+        """Load what a request with the default values needs."""
+        self.models.family(SD_1_5)
+        self.models.prestage()
+        self.models.checker()
+
     @torch.inference_mode()
     def __call__(self, image: bytes, params: Params, *, limits: Limits, output: BinaryIO, progress: Progress) -> Result:
         """Upscale `image` and write the result to `output` as PNG; see `CreativeUpscaler`."""

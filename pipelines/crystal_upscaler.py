@@ -71,6 +71,11 @@ class CrystalUpscaler:
     def __init__(self, models: Models, *, weights: dict[str, Any], tiff_from_px: int | None = None) -> None:
         self.models, self.weights, self.tiff_from_px = models, weights, tiff_from_px
 
+    def warm_up(self) -> None:
+        """Load what requests need, with and without a creativity."""
+        self.models.prestage()
+        self._family()
+
     def content_type(self, width: int, height: int) -> str:
         """What a result of this size is written as."""
         return BIG_TIFF if self.tiff_from_px is not None and width * height >= self.tiff_from_px else PNG

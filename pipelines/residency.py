@@ -8,6 +8,7 @@ change, so a copy in host memory stays good: coming back is one copy to the devi
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,27 @@ class Level(Enum):
 
     DEVICE = "device"
     HOST = "host"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holding:
+    """A loaded model, for people: `users` are the kinds of requests that used it when they last ran."""
+
+    key: str
+    level: Level
+    size_bytes: int
+    users: tuple[str, ...]
+
+
+@dataclass(kw_only=True)
+class Counts:
+    """What happened since the beginning."""
+
+    loads: int = 0
+    load_s: float = 0.0
+    moves_to_host: int = 0
+    moves_to_disk: int = 0
+    returns: int = 0
 
 
 @dataclass(eq=False)
@@ -71,6 +93,7 @@ class Residency:
         self._keys_of: dict[str, set[str]] = {}
         self._expected: frozenset[str] = frozenset()
         self._age = 0.0
+        self.counts = Counts()
 
     def get(self, key: str, load: Callable[[], T], *, size_bytes: int = 0) -> T:
         """A model on the device: as it is there, from host memory, or loaded.
@@ -91,9 +114,12 @@ class Residency:
                 modules = modules_in(thing)
                 resident = _Resident(thing, modules, _bytes_of(modules), time.perf_counter() - started)
                 self._residents[key] = resident
+                self.counts.loads += 1
+                self.counts.load_s += resident.load_s
             elif resident.level is Level.HOST:
                 self._make_room(Level.DEVICE, resident.size_bytes)
                 self._raise(resident)
+                self.counts.returns += 1
             resident.uses += 1
             resident.value = self._age + resident.uses * resident.load_s / max(resident.size_bytes, 1)
             self._make_room(Level.DEVICE, 0)
@@ -112,6 +138,47 @@ class Residency:
     def expect(self, kinds: Iterable[str]) -> None:
         """Say which kinds of requests are queued: what they used before stays until they have run."""
         self._expected = frozenset(key for kind in kinds for key in self._keys_of.get(kind, ()))
+
+    def holdings(self) -> list[Holding]:
+        """What is loaded; may be asked for on another thread."""
+        users = {kind: frozenset(keys) for kind, keys in list(self._keys_of.items())}
+        return [
+            Holding(
+                key=key,
+                level=resident.level,
+                size_bytes=resident.size_bytes,
+                users=tuple(sorted(kind for kind, keys in users.items() if key in keys)),
+            )
+            for key, resident in list(self._residents.items())
+        ]
+
+    def drop(self, is_meant: Callable[[str], bool]) -> list[str]:
+        """Forget the models that requests of the kinds that are meant used, and no others; returns their keys.
+
+        They are on disk only, until somebody wants them again.
+        """
+        meant = {kind for kind in self._keys_of if is_meant(kind)}
+        used = set().union(*(self._keys_of.pop(kind) for kind in meant))
+        kept = set().union(*self._keys_of.values())
+        dropped = [key for key in self._residents if key in used - kept]
+        self._forget(dropped)
+        return dropped
+
+    def drop_all(self) -> list[str]:
+        """Forget every model; returns their keys."""
+        dropped = list(self._residents)
+        self._keys_of.clear()
+        self._forget(dropped)
+        return dropped
+
+    def _forget(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            del self._residents[key]
+            self.counts.moves_to_disk += 1
+        self._in_use -= set(keys)
+        gc.collect()  # modules that refer to each other hold their memory until then
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def level_of(self, key: str) -> Level | None:
         """Where a model is; None when it is on disk only."""
@@ -138,9 +205,11 @@ class Residency:
             if level is Level.DEVICE and resident.size_bytes <= self._budgets[Level.HOST]:
                 self._make_room(Level.HOST, resident.size_bytes)
                 self._lower(resident)
+                self.counts.moves_to_host += 1
             else:
                 del self._residents[key]
                 del resident
+                self.counts.moves_to_disk += 1
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
 

@@ -1,4 +1,4 @@
-"""The command line: `serve`, `run`, `env`, `doctor`, and the hidden commands that are the roles of a server."""
+"""The command line: `serve`, `run`, `weights`, `env`, `doctor`, those of `operate`, and hidden ones, a server's roles."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from server import lifeline
+from server import lifeline, operate
 from server.doctor import examine
 from server.endpoints import ENDPOINTS, Endpoint
 from server.errors import InvalidInput
+from server.operate import OperationFailed
 from server.settings import Settings, is_loopback
 from server.supervisor import (
     CONFIGURATION_ERROR,
@@ -43,6 +44,10 @@ from server.supervisor import (
     read_server,
     sole_owner,
 )
+from server.weights_commands import weights_commands
+from weights.catalogue import UnknownName
+from weights.lock import LockUnreadable
+from weights.pull import NoSpace
 from weights.store import WeightsMissing, open_store
 
 Weights = Literal["pocket", "full", "auto"]
@@ -62,8 +67,10 @@ def main() -> None:
     """Entry point of `creative-upscaler` and `python -m server`."""
     try:
         build_app()()
-    except (CommandFailed, AlreadyRunning, WeightsMissing) as error:
+    except (CommandFailed, AlreadyRunning, OperationFailed, WeightsMissing, NoSpace, LockUnreadable) as error:
         fail(str(error))
+    except UnknownName as error:
+        fail(str(error), USAGE_ERROR)
     except InvalidInput as error:
         fail("\n".join(f"{item['loc'][-1]}: {item['msg']}" for item in error.items), USAGE_ERROR)
     except ValidationError as error:
@@ -86,8 +93,11 @@ def build_app() -> typer.Typer:
     )
     app.command()(serve)
     app.add_typer(run_commands(), name="run")
+    app.add_typer(weights_commands(), name="weights")
     app.command()(env)
     app.command()(doctor)
+    for command in operate.COMMANDS:
+        app.command()(command)
     for role in (gateway, dispatcher, slot):
         app.command(hidden=True)(role)
     return app

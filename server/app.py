@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
-from server.auth import Keyring, Tickets
+from server.auth import Keyring, OperatorKey, Tickets
 from server.envelope import Envelope
 from server.errors import (
     ClientDisconnected,
@@ -37,7 +37,7 @@ from server.hosts import HostRouting
 from server.ledger import Ledger
 from server.ledger.sqlite import LedgerUnavailable
 from server.protocol import PatientProtocol
-from server.routes import files, openapi, ops, playground, queue, rest, run
+from server.routes import files, openapi, operator, ops, playground, queue, rest, run
 from server.routes.declared import COMPONENTS
 from server.schemas import ErrorBody
 from server.settings import Settings
@@ -86,8 +86,8 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
     )
     app.settings = settings
-    for router in (queue.router, run.router, rest.router, files.router, openapi.router, ops.router, playground.router):
-        app.include_router(router)
+    for part in (queue, run, rest, files, openapi, ops, operator, playground):
+        app.include_router(part.router)
     for kind in (GatewayError, InvalidInput, LedgerUnavailable, StorageUnavailable):
         app.add_exception_handler(kind, answer_known)
     app.add_exception_handler(ClientDisconnect, answer_nobody)
@@ -113,6 +113,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
             ledger=ledger,
             storage=storage,
             keyring=Keyring(settings.api_keys),
+            operator_key=OperatorKey.open(settings),
             tickets=await Tickets.open(ledger),
             uploads=Uploads(settings.uploads_dir, storage, ledger, max_bytes=int(settings.max_upload_mb * 2**20)),
             bell=bell,

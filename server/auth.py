@@ -1,21 +1,25 @@
-"""Who may call: keys from the settings, compared in constant time, and tickets that we signed ourselves."""
+"""Who may call: keys from the settings, compared in constant time, tickets that we signed, the operator's own key."""
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import hmac
 import json
+import os
 import secrets
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from server.errors import InvalidCredentials, NotAuthenticated
+from server.errors import InvalidCredentials, NotAuthenticated, NotOperator
 from server.ledger import Ledger
+from server.settings import Settings
 
 SCHEMES = ("key", "bearer")
 SECRET_NAME = "ticket_secret"
+NOTHING = hashlib.sha256(b"").digest()
 
 
 class Keyring:
@@ -51,6 +55,42 @@ class Keyring:
         if not self.is_open and not any(matches):
             raise InvalidCredentials
         return digest.hex()[:16]
+
+
+class OperatorKey:
+    """The one key that opens what is for the operator. It is always wanted: also on a server without keys for callers.
+
+    Whoever may read the data folder has it; nobody else on this machine, and no page in a browser of this machine,
+    whatever name it made this address go by.
+    """
+
+    def __init__(self, key: str) -> None:
+        self._digest = hashlib.sha256(key.encode()).digest()
+
+    @classmethod
+    def open(cls, settings: Settings) -> OperatorKey:
+        """The key of the settings, or of the data folder, where it is made at first use."""
+        if settings.operator_key is None:
+            with contextlib.suppress(FileExistsError):
+                descriptor = os.open(settings.operator_key_path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+                with os.fdopen(descriptor, "w") as file:
+                    file.write(secrets.token_urlsafe(32))
+        return cls(known_operator_key(settings) or "")
+
+    def check(self, authorization: str | None) -> None:
+        """Raise NotOperator unless the header, `Key <key>` or `Bearer <key>`, has it."""
+        digest = hashlib.sha256((presented_key(authorization) or "").encode("utf-8", "replace")).digest()
+        if not hmac.compare_digest(digest, self._digest) or digest == NOTHING:
+            raise NotOperator
+
+
+def known_operator_key(settings: Settings) -> str | None:
+    """The operator's key, for who may know it; None where no server has made one yet, or it may not be read."""
+    if settings.operator_key is not None:
+        return settings.operator_key.get_secret_value()
+    with contextlib.suppress(OSError):
+        return settings.operator_key_path.read_text().strip()
+    return None
 
 
 def presented_key(authorization: str | None) -> str | None:

@@ -22,7 +22,8 @@ import structlog
 from server.affinity import Place, Waiting, place
 from server.engine import Engine, Event, SlotInfo, SlotLost, SlotState, Work
 from server.engine.local import LocalEngine
-from server.ledger import Ledger, NewLog, Outcome, RequestRow, SlotRow
+from server.ledger import Ledger, Mode, NewLog, Order, Outcome, RequestRow, SlotRow
+from server.ledger.ledger import compact_json
 from server.metrics import DispatcherMetrics
 from server.settings import Settings
 from server.storage import OUTPUT_SUFFIXES, Storage, output_key
@@ -72,6 +73,12 @@ def kind_of(row: RequestRow) -> str:
     return str(job.get("kind", job.get("pipeline", "")))
 
 
+def _row_of(info: SlotInfo) -> SlotRow:
+    """What the ledger keeps of a slot, as of now."""
+    report = compact_json(info.report.to_json())
+    return SlotRow(info.id, info.state.value, info.device, info.weights, info.detail, time.time(), report)
+
+
 class Dispatcher:
     """The loop; see `step`."""
 
@@ -90,6 +97,7 @@ class Dispatcher:
         self._tasks: set[asyncio.Task[None]] = set()
         self._unseen_since: dict[str, float] = {}
         self._told: dict[str, SlotInfo] = {}
+        self._ordered: dict[str, set[str]] = {}
         self._metrics = DispatcherMetrics()
         self._mean_s = 10.0
         self._next_beat = self._next_sweep = 0.0
@@ -117,6 +125,7 @@ class Dispatcher:
         parts: list[Callable[[], Awaitable[None]]] = [
             self._expire,
             self._adopt,
+            self._pass_orders,
             self._place,
             self._stop_cancelled,
             self._end_silent,
@@ -147,10 +156,8 @@ class Dispatcher:
     async def _refuse_more(self) -> None:
         """Write down that no slot takes requests any more: the gateway is not ready from now on."""
         for info in self._engine.slots():
-            row = SlotRow(
-                info.id, SlotState.DOWN.value, info.device, info.weights, "the server is stopping", time.time()
-            )
-            await self._ledger.put_slot(row)
+            stopping = replace(info, state=SlotState.DOWN, detail="the server is stopping")
+            await self._ledger.put_slot(_row_of(stopping))
 
     async def _attempt(self, part: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -170,7 +177,11 @@ class Dispatcher:
 
     async def _expire(self) -> None:
         """End what waited past its start deadline."""
-        if await self._ledger.expire_start(time.time()):
+        late = [await self._ledger.get(request_id) for request_id in await self._ledger.expire_start(time.time())]
+        for row in filter(None, late):
+            self._metrics.expired(row.endpoint)
+            log.info("request_expired", request_id=row.id, endpoint=row.endpoint)
+        if late:
             self._tell_gateway()
 
     async def _adopt(self) -> None:
@@ -200,7 +211,7 @@ class Dispatcher:
     async def _place(self) -> None:
         """Start what can start."""
         places = [self._as_place(info) for info in self._engine.slots() if info.state in ALIVE]
-        if all(place.busy_s for place in places):
+        if all(place.busy_s for place in places) or await self._ledger.mode() is Mode.PAUSED:
             return
         now = time.time()
         rows = {row.id: row for row in await self._ledger.queued(QUEUE_VIEW)}
@@ -212,9 +223,35 @@ class Dispatcher:
         for request_id, slot_id in place(queued, places):
             await self._start(rows[request_id], slot_id, kinds)
 
+    async def _pass_orders(self) -> None:
+        """Give slots what the operator wants of them; an order whose dispatcher died is given again, which is safe."""
+        for order in await self._ledger.open_orders():
+            if order.id not in self._ordered:
+                slot_ids = [order.slot] if order.slot else [info.id for info in self._engine.slots()]
+                self._ordered[order.id] = set(slot_ids)
+                self._in_background(self._follow_order(order, slot_ids))
+
+    async def _follow_order(self, order: Order, slot_ids: list[str]) -> None:
+        try:
+            said = await asyncio.gather(*(self._order(slot_id, order) for slot_id in slot_ids))
+            answers = dict(zip(slot_ids, said, strict=True))
+            await self._ledger.end_order(order.id, answers)
+            log.info("order_done", order_id=order.id, action=order.action, pipeline=order.pipeline, answers=answers)
+        finally:
+            del self._ordered[order.id]
+        self._tell_gateway()
+        ring(self._settings.run_dir, "dispatcher")
+
+    async def _order(self, slot_id: str, order: Order) -> str:
+        try:
+            return await self._engine.order(slot_id, order.id, order.action, order.pipeline)
+        except (SlotLost, KeyError) as error:
+            return f"failed: {error if isinstance(error, SlotLost) else 'there is no such slot'}"
+
     def _as_place(self, info: SlotInfo) -> Place:
         started = [run.started for run in self._runs.values() if run.slot_id == info.id]
-        is_free = info.state is SlotState.READY and not started
+        is_ordered = any(info.id in slot_ids for slot_ids in self._ordered.values())
+        is_free = info.state is SlotState.READY and not started and not is_ordered
         left_s = self._mean_s - (time.monotonic() - min(started, default=0.0))
         return Place(slot_id=info.id, hot=info.hot, busy_s=0.0 if is_free else max(1.0, left_s))
 
@@ -344,9 +381,7 @@ class Dispatcher:
         for info in self._engine.slots():
             if due or self._told.get(info.id) != info:
                 self._told[info.id] = info
-                await self._ledger.put_slot(
-                    SlotRow(info.id, info.state.value, info.device, info.weights, info.detail, time.time())
-                )
+                await self._ledger.put_slot(_row_of(info))
         if due:
             self._next_beat = time.monotonic() + BEAT_S
             self._metrics.write(self._settings.run_dir / "dispatcher.prom")

@@ -179,6 +179,18 @@ class QueueFull(GatewayError):
     """The queue is longer than the request allows."""
 
 
+class Draining(GatewayError):
+    """This server finishes what it has and takes no more requests; try again later, or another one."""
+
+
+class NotOperator(GatewayError):
+    """This is for the operator of the server, whose key is in the file operator.key of its data folder."""
+
+
+class UnknownSubject(GatewayError):
+    """There is no such endpoint or slot."""
+
+
 class BodyTooLarge(GatewayError):
     """The request body is too large."""
 
@@ -220,6 +232,13 @@ ANSWERS: Mapping[type[Exception], Answer] = {
     InvalidCredentials: Answer(status=401, headers={"WWW-Authenticate": "Key"}),
     ClientDisconnected: Answer(status=499, error_type="client_disconnected"),
     QueueFull: Answer(status=429, error_type="concurrent_requests_limit", headers={"X-Fal-Needs-Retry": "1"}),
+    Draining: Answer(
+        status=503,
+        error_type="runner_scheduling_failure",
+        headers={"Retry-After": "30", "X-Fal-Needs-Retry": "1"},
+    ),
+    NotOperator: Answer(status=401, headers={"WWW-Authenticate": "Key"}),
+    UnknownSubject: Answer(status=404),
     BodyTooLarge: Answer(status=413, error_type="bad_request"),
     BadRequest: Answer(status=400, error_type="bad_request"),
     RangeNotSatisfiable: Answer(status=416),

@@ -9,8 +9,11 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.auth import Keyring, Tickets
+from server.auth import Keyring, OperatorKey, Tickets
+from server.endpoints import ENDPOINTS
 from server.ledger import Blob, CancelAnswer, Ledger, RequestRow
+from server.ledger.ledger import CANCELLED
+from server.metrics import GatewayMetrics
 from server.settings import Settings
 from server.storage import Storage, input_key
 from server.uploads import Uploads
@@ -29,11 +32,13 @@ class Gateway:
     ledger: Ledger
     storage: Storage
     keyring: Keyring
+    operator_key: OperatorKey
     tickets: Tickets
     uploads: Uploads
     bell: Bell
     dispatcher: Ringer
     own_hosts: frozenset[str]  # `host[:port]` of every URL under which our files are known
+    metrics: GatewayMetrics = field(default_factory=GatewayMetrics)
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
     opened: float = field(default_factory=time.time)
 
@@ -65,8 +70,21 @@ class Gateway:
     async def cancel(self, request_id: str) -> CancelAnswer:
         """Cancel a request and tell the dispatcher."""
         answer = await self.ledger.request_cancel(request_id)
+        if answer == "OK" and (row := await self.ledger.get(request_id)) is not None:
+            self.metrics.ended.count(row.endpoint, CANCELLED)
         self.wake_dispatcher()
         return answer
+
+    async def endpoint_faults(self) -> dict[str, str]:
+        """By endpoint, why it cannot serve a request now; empty for one that can."""
+        slots = await self.ledger.able_slots(since=self.opened)
+        reports = [slot.report for slot in slots]
+        faults = {}
+        for endpoint in ENDPOINTS.values():
+            reasons = [report.failed[endpoint.pipeline] for report in reports if endpoint.pipeline in report.failed]
+            is_served = any(endpoint.pipeline in report.serves for report in reports)
+            faults[endpoint.id] = "" if is_served else next(iter(reasons), "No slot can take a request.")
+        return faults
 
     def wake_dispatcher(self) -> None:
         """Tell the dispatcher that there is something new in the ledger."""

@@ -45,6 +45,7 @@ OWN_PATHS = frozenset(
         "health",
         "metrics",
         "openapi.json",
+        "operator",
         "playground",
         "ready",
         "storage",

@@ -1,26 +1,63 @@
-"""Figures for Prometheus: what the dispatcher counts, and what the ledger says at the moment of asking.
+"""Figures for Prometheus: what dispatcher and gateway count, and what the ledger says at the moment of asking.
 
 The dispatcher writes its counts into a file of the run folder every few seconds; the gateway, which Prometheus asks,
-reads them from there and adds the state of queue, slots and webhooks. Counts start again when their process does.
+reads them from there and adds its own, and the state of queue, slots and webhooks. Counts start again when their
+process does. Labels have few values: endpoints, states, slots, our words for failures and stages; never what callers
+or files are called.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
-from server.ledger import Outcome, QueueRow, RequestRow, SlotRow
+from server.endpoints import ENDPOINTS
+from server.ledger import Backlog, Mode, Outcome, QueueRow, RequestRow, SlotReport, SlotRow, State
+from server.ledger.ledger import START_TIMEOUT
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_PLAIN_0_0_4
+NAMESPACE = "upscaler"
+OPEN = (State.IN_QUEUE, State.IN_PROGRESS)
+LEVELS = ("device", "host")
+BIRTHS = "_created"  # when each counter began: of no use to anybody
+WHOLE = "inference"  # among the seconds by stage: of all of them
 SECONDS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600, 1800, 3600)
+
+
+class RequestCounter:
+    """Requests that came to an end, by how; several processes count, and their sums are told."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._ended = Counter(
+            "requests",
+            "Requests that ended, well or badly.",
+            ["endpoint", "status", "error_type"],
+            namespace=NAMESPACE,
+            registry=registry,
+        )
+
+    def count(self, endpoint: str, outcome: Outcome) -> None:
+        """One more."""
+        self._ended.labels(endpoint, str(outcome.status), outcome.error_type or "").inc()
+
+
+class GatewayMetrics:
+    """What ended in the gateway since it began: refused when it came, or cancelled while it waited."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.ended = RequestCounter(self.registry)
 
 
 class DispatcherMetrics:
@@ -28,29 +65,39 @@ class DispatcherMetrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        options: dict[str, Any] = {"namespace": "upscaler", "registry": self._registry}
-        self._ended = Counter(
-            "requests", "Requests that a slot ended.", ["endpoint", "status", "error_type"], **options
-        )
+        self._ended = RequestCounter(self._registry)
+        options: dict[str, Any] = {"namespace": NAMESPACE, "registry": self._registry}
         self._lost = Counter("attempts_lost", "Attempts whose slot was lost.", ["endpoint"], **options)
         self._killed = Counter("slots_killed", "Slots that were ended because they did not react.", **options)
+        self._pixels = Counter("output_megapixels", "Sizes of all results, 10^6 px.", ["endpoint"], **options)
         timed: dict[str, Any] = {"labelnames": ["endpoint"], "buckets": SECONDS, **options}
         self._waited = Histogram("wait_seconds", "From submission to the start.", **timed)
         self._ran = Histogram("run_seconds", "From the start to the recorded end.", **timed)
         self._made = Histogram(
             "inference_seconds_per_megapixel", "Seconds of the pipeline per 10^6 px of the result.", **timed
         )
+        self._stages = Histogram(
+            "stage_seconds", "Seconds of each stage.", **timed | {"labelnames": ["endpoint", "stage"]}
+        )
 
     def started(self, row: RequestRow) -> None:
         """A slot took a request."""
         self._waited.labels(row.endpoint).observe(time.time() - row.created)
 
+    def expired(self, endpoint: str) -> None:
+        """A request was not started in time."""
+        self._ended.count(endpoint, START_TIMEOUT)
+
     def ended(self, endpoint: str, outcome: Outcome, duration_s: float) -> None:
         """A slot ended a request, well or badly."""
-        self._ended.labels(endpoint, str(outcome.status), outcome.error_type or "").inc()
+        self._ended.count(endpoint, outcome)
         self._ran.labels(endpoint).observe(duration_s)
+        for stage, seconds in outcome.timings.items():
+            if stage != WHOLE:
+                self._stages.labels(endpoint, stage).observe(seconds)
         megapixels = sum(_pictures(outcome.body)) / 1e6
         if outcome.inference_s is not None and megapixels:
+            self._pixels.labels(endpoint).inc(megapixels)
             self._made.labels(endpoint).observe(outcome.inference_s / megapixels)
 
     def lost(self, endpoint: str) -> None:
@@ -78,12 +125,23 @@ def _pictures(value: Any) -> Iterator[int]:
             yield from _pictures(member)
 
 
-def exposition(
-    queue: Sequence[QueueRow], num_webhooks: int, slots: Iterable[SlotRow], *, is_ready: bool, run_dir: Path
-) -> bytes:
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """What the ledger says at the moment of asking."""
+
+    queue: Sequence[QueueRow]
+    webhooks: Backlog
+    slots: Sequence[SlotRow]
+    is_ready: bool
+    ready_endpoints: Collection[str]
+    mode: Mode
+
+
+def exposition(moment: Moment, own: GatewayMetrics, run_dir: Path) -> bytes:
     """Everything in Prometheus' text format."""
+    counted = _merged([_written(run_dir), own.registry.collect()])
     registry = CollectorRegistry()
-    registry.register(_Families([*_state(queue, num_webhooks, slots, is_ready), *_written(run_dir)]))
+    registry.register(_Families([*_of_queue(moment), *_of_server(moment), *_of_slots(moment.slots), *counted]))
     return prometheus_client.generate_latest(registry)
 
 
@@ -96,34 +154,90 @@ class _Families(Collector):
         return self._families
 
 
-def _state(queue: Sequence[QueueRow], num_webhooks: int, slots: Iterable[SlotRow], is_ready: bool) -> Iterator[Metric]:
-    depth = GaugeMetricFamily(
-        "upscaler_requests_open", "Requests that wait or run.", labels=["endpoint", "state", "priority"]
-    )
-    age = GaugeMetricFamily(
-        "upscaler_oldest_request_seconds", "Age of the oldest one.", labels=["endpoint", "state", "priority"]
-    )
+def _of_queue(moment: Moment) -> Iterator[Metric]:
+    names = ["endpoint", "state", "priority"]
+    depth = GaugeMetricFamily("upscaler_requests_open", "Requests that wait or run.", labels=names)
+    age = GaugeMetricFamily("upscaler_oldest_request_seconds", "Age of the oldest one.", labels=names)
     now = time.time()
-    for row in queue:
-        labels = [row.endpoint, row.state, row.priority]
-        depth.add_metric(labels, row.number)
-        age.add_metric(labels, max(0.0, now - row.oldest))
+    found = {(row.endpoint, row.state, row.priority): row for row in moment.queue}
+    # What is empty is told as well: a figure that is not there cannot fall to zero.
+    usual = [(endpoint, state.value, "normal") for endpoint in ENDPOINTS for state in OPEN]
+    for labels in sorted({*usual, *found}):
+        row = found.get(labels)
+        depth.add_metric(labels, row.number if row else 0)
+        age.add_metric(labels, max(0.0, now - row.oldest) if row else 0.0)
     yield depth
     yield age
-    yield GaugeMetricFamily("upscaler_webhooks_pending", "Webhooks that are not delivered yet.", value=num_webhooks)
-    yield GaugeMetricFamily("upscaler_ready", "Whether some slot can take a request.", value=float(is_ready))
+    yield GaugeMetricFamily(
+        "upscaler_webhooks_pending", "Webhooks that are not delivered yet.", value=moment.webhooks.number
+    )
+    oldest = moment.webhooks.oldest
+    yield GaugeMetricFamily(
+        "upscaler_oldest_webhook_seconds", "Age of the oldest one.", value=0.0 if oldest is None else now - oldest
+    )
+
+
+def _of_server(moment: Moment) -> Iterator[Metric]:
+    yield GaugeMetricFamily("upscaler_ready", "Whether some slot can take a request.", value=float(moment.is_ready))
+    able = GaugeMetricFamily("upscaler_endpoint_ready", "Whether a slot can serve it.", labels=["endpoint"])
+    for endpoint in ENDPOINTS:
+        able.add_metric([endpoint], float(endpoint in moment.ready_endpoints))
+    yield able
+    mode = GaugeMetricFamily("upscaler_mode", "What the operator has set.", labels=["mode"])
+    for one in Mode:
+        mode.add_metric([one.value], float(one is moment.mode))
+    yield mode
+
+
+def _of_slots(slots: Sequence[SlotRow]) -> Iterator[Metric]:
     states = GaugeMetricFamily("upscaler_slot", "Slots by state.", labels=["slot", "state", "device", "weights"])
+    memory = GaugeMetricFamily(
+        "upscaler_device_memory_bytes", "Memory of the device: total, free, taken by the slot.", labels=["slot", "part"]
+    )
+    held = GaugeMetricFamily("upscaler_models_bytes", "Sizes of loaded models.", labels=["slot", "level"])
+    loads = CounterMetricFamily("upscaler_model_loads", "Models loaded from disk.", labels=["slot"])
+    seconds = CounterMetricFamily("upscaler_model_load_seconds", "Seconds that took.", labels=["slot"])
+    returns = CounterMetricFamily("upscaler_model_returns", "Models brought back from host memory.", labels=["slot"])
+    evictions = CounterMetricFamily("upscaler_model_evictions", "Models moved away.", labels=["slot", "to"])
     for slot in slots:
         states.add_metric([slot.id, slot.state, slot.device, slot.weights], 1.0)
-    yield states
+        report = slot.report if slot.state != "down" else SlotReport()
+        for part, size_bytes in report.memory.items():
+            memory.add_metric([slot.id, part], size_bytes)
+        for level in LEVELS:
+            held.add_metric([slot.id, level], sum(one.size_bytes for one in report.models if one.level == level))
+        loads.add_metric([slot.id], report.counts.get("loads", 0))
+        seconds.add_metric([slot.id], report.counts.get("load_s", 0.0))
+        returns.add_metric([slot.id], report.counts.get("returns", 0))
+        for to in ("host", "disk"):
+            evictions.add_metric([slot.id, to], report.counts.get(f"moves_to_{to}", 0))
+    yield from (states, memory, held, loads, seconds, returns, evictions)
 
 
-def _written(run_dir: Path) -> list[Metric]:
-    """What other roles wrote; a figure that several of them have appears once, with the samples of all."""
-    families: dict[str, Metric] = {}
+def _written(run_dir: Path) -> Iterator[Metric]:
+    """What other roles wrote."""
     for path in sorted(run_dir.glob("*.prom")):
-        for family in text_string_to_metric_families(path.read_text()):
-            known = families.setdefault(family.name, family)
-            if known is not family:
-                known.samples.extend(family.samples)
+        yield from text_string_to_metric_families(path.read_text())
+
+
+def _merged(sources: Iterable[Iterable[Metric]]) -> list[Metric]:
+    """Each family once: samples of all sources, those with equal labels added up."""
+    families: dict[str, Metric] = {}
+    for family in chain.from_iterable(sources):
+        if family.name.endswith(BIRTHS):
+            continue
+        known = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+        places = {_place(sample): n for n, sample in enumerate(known.samples)}
+        for sample in family.samples:
+            if sample.name.endswith(BIRTHS):
+                continue
+            n = places.get(_place(sample))
+            if n is None:
+                known.samples.append(sample)
+            else:
+                known.samples[n] = sample._replace(value=known.samples[n].value + sample.value)
     return list(families.values())
+
+
+def _place(sample: Sample) -> tuple[Any, ...]:
+    return (sample.name, *sorted(sample.labels.items()))

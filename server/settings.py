@@ -26,6 +26,7 @@ from pydantic_settings import (
 )
 
 DEFAULT_DATA = "~/.local/share/creative-upscaler"
+MIN_OPERATOR_KEY = 16
 MAX_SOCKET_FOLDER = 70  # bytes; a Unix socket's path may have 107, and file names follow
 
 
@@ -89,6 +90,9 @@ class Settings(BaseSettings):
         default_factory=list, description="Addresses or networks whose X-Forwarded-Proto/-Host are believed."
     )
     api_keys: Names = Field(default_factory=list, description="Keys that callers must present; none leaves it open.")
+    operator_key: SecretStr | None = Field(
+        None, description="Key of the operator's commands; else one is made and kept in the data folder."
+    )
     allow_unauthenticated: bool = Field(False, description="Listen beyond this machine although there is no key.")
 
     weights: Literal["pocket", "full", "auto"] = Field("auto", description="Which set of weights serves.")
@@ -203,6 +207,14 @@ class Settings(BaseSettings):
         if (self.tls_cert is None) != (self.tls_key is None):
             given, missing = ("tls_key", "tls_cert") if self.tls_cert is None else ("tls_cert", "tls_key")
             raise ValueError(f"{given} is of no use without {missing}: set both, or neither for a certificate of ours")
+    @model_validator(mode="after")
+    def _check_operator(self) -> Settings:
+        if self.operator_key is not None and len(self.operator_key.get_secret_value()) < MIN_OPERATOR_KEY:
+            raise ValueError(f"operator_key must have at least {MIN_OPERATOR_KEY} characters")
+        if self.operator_key is not None and self.operator_key.get_secret_value() in self.api_keys:
+            raise ValueError("operator_key must not be one of api_keys: callers would be operators")
+        return self
+
         return self
 
     @model_validator(mode="after")
@@ -265,6 +277,11 @@ class Settings(BaseSettings):
     def files_dir(self) -> Path:
         """The local blob store."""
         return self.data / "files"
+
+    @property
+    def operator_key_path(self) -> Path:
+        """Where the operator's key is, unless it is a setting."""
+        return self.data / "operator.key"
 
     @property
     def uploads_dir(self) -> Path:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
@@ -24,6 +25,7 @@ from pipelines.errors import (
     ImageTooSmall,
     InvalidParams,
     ModelsMissing,
+    ModelsUnusable,
     NonFiniteResult,
     PipelineError,
     UnsupportedImageFormat,
@@ -35,12 +37,12 @@ from server.engine.local import SlotListener
 from server.errors import model_error
 from server.inputs import DownloadFailed, Fetcher, FileTooLarge, MalformedDataURI, Reach, guarded_client, read_input
 from server.ledger.ledger import CANCELLED
-from server.ledger.states import NewLog, Outcome
+from server.ledger.states import LoadedModel, NewLog, Outcome, SlotReport
 from server.settings import Settings
 from server.storage import OUTPUT_SUFFIXES, Storage, output_key
 from server.weight_files import FileRefused, WeightFiles
 from weights.fetch import FileTooLarge as WeightsTooLarge
-from weights.store import WeightStore, open_store
+from weights.store import WeightStore, open_store, pull_command
 
 if TYPE_CHECKING:
     from pipelines.models import Models
@@ -71,26 +73,38 @@ class Rendered(Protocol):
 
 
 Render = Callable[[bytes, Mapping[str, Any], BinaryIO, Progress], Rendered]
-"""A loaded pipeline: encoded input, parameters by name, where the PNG goes, whom to tell."""
+"""Makes a picture: encoded input, parameters by name, where the PNG goes, whom to tell."""
 
-Load = Callable[[Callable[[], "Models"], str, Settings], Render]
+
+@dataclass(frozen=True)
+class Loaded:
+    """A pipeline: what makes pictures, and what brings the models of a request with default values into memory."""
+
+    render: Render
+    warm_up: Callable[[], None]
+
+
+Load = Callable[[Callable[[], "Models"], str, Settings], Loaded]
 """Makes a pipeline of the models of one set of weights on one device; torch is imported when it asks for them."""
 
 
-def load_creative_upscaler(open_models: Callable[[], Models], device: str, settings: Settings) -> Render:
+def load_creative_upscaler(open_models: Callable[[], Models], device: str, settings: Settings) -> Loaded:
     """Load what a request with fal's defaults needs; other models come when they are wanted."""
     from pipelines.creative_upscaler import CreativeUpscaler, Params
 
     models = open_models()
     pipeline = CreativeUpscaler(models, weights=models.description)
-    pipeline.warm_up()
+    with models.request("creative_upscaler"):
+        pipeline.warm_up()
     limits = limits_of(settings)
-    return lambda image, params, output, progress: pipeline(
-        image, Params(**params), limits=limits, output=output, progress=progress
-    )
+
+    def render(image: bytes, params: Mapping[str, Any], output: BinaryIO, progress: Progress) -> Rendered:
+        return pipeline(image, Params(**params), limits=limits, output=output, progress=progress)
+
+    return Loaded(render, pipeline.warm_up)
 
 
-def load_flux_vision_upscaler(open_models: Callable[[], Models], device: str, settings: Settings) -> Render:
+def load_flux_vision_upscaler(open_models: Callable[[], Models], device: str, settings: Settings) -> Loaded:
     """Load nothing: the first request brings the models, and those of other endpoints may stay."""
     from pipelines.flux_vision_upscaler import FluxVisionUpscaler, Params
 
@@ -99,12 +113,14 @@ def load_flux_vision_upscaler(open_models: Callable[[], Models], device: str, se
     profile = settings.full_flux_profile if is_full else "pocket"
     pipeline = FluxVisionUpscaler(models, profile, weights=models.description, fp8=is_full and settings.flux_fp8)
     limits = limits_of(settings)
-    return lambda image, params, output, progress: pipeline(
-        image, Params(**params), limits=limits, output=output, progress=progress
-    )
+
+    def render(image: bytes, params: Mapping[str, Any], output: BinaryIO, progress: Progress) -> Rendered:
+        return pipeline(image, Params(**params), limits=limits, output=output, progress=progress)
+
+    return Loaded(render, pipeline.warm_up)
 
 
-def load_clarity_upscaler(open_models: Callable[[], Models], device: str, settings: Settings) -> Render:
+def load_clarity_upscaler(open_models: Callable[[], Models], device: str, settings: Settings) -> Loaded:
     """The models come when the first request wants them."""
     from pipelines.clarity_upscaler import ClarityUpscaler, DetailLora, Params
 
@@ -112,9 +128,11 @@ def load_clarity_upscaler(open_models: Callable[[], Models], device: str, settin
     loras = [DetailLora.at(*path_and_weight(text)) for text in settings.clarity_loras]
     pipeline = ClarityUpscaler(models, weights=models.description, loras=loras)
     limits = limits_of(settings)
-    return lambda image, params, output, progress: pipeline(
-        image, Params(**params), limits=limits, output=output, progress=progress
-    )
+
+    def render(image: bytes, params: Mapping[str, Any], output: BinaryIO, progress: Progress) -> Rendered:
+        return pipeline(image, Params(**params), limits=limits, output=output, progress=progress)
+
+    return Loaded(render, pipeline.warm_up)
 
 
 def path_and_weight(text: str) -> tuple[Path, float]:
@@ -126,7 +144,7 @@ def path_and_weight(text: str) -> tuple[Path, float]:
         return Path(text).expanduser(), 1.0
 
 
-def load_crystal_upscaler(open_models: Callable[[], Models], device: str, settings: Settings) -> Render:
+def load_crystal_upscaler(open_models: Callable[[], Models], device: str, settings: Settings) -> Loaded:
     """The models come when the first request wants them."""
     from pipelines.crystal_upscaler import CrystalUpscaler, Params
 
@@ -138,6 +156,12 @@ def load_crystal_upscaler(open_models: Callable[[], Models], device: str, settin
         image, Params(**params), limits=limits, output=output, progress=progress
     )
 
+    limits = replace(limits_of(settings), max_output_pixels=int(settings.max_crystal_output_mp * 1e6))
+
+    def render(image: bytes, params: Mapping[str, Any], output: BinaryIO, progress: Progress) -> Rendered:
+        return pipeline(image, Params(**params), limits=limits, output=output, progress=progress)
+
+    return Loaded(render, pipeline.warm_up)
 
 def limits_of(settings: Settings) -> Limits:
     """The sizes of pictures that are accepted."""
@@ -202,7 +226,9 @@ class SlotHost:
     ) -> None:
         self.device, self.weights, self.detail = device, "", device
         self._settings, self._storage, self._scratch, self._loaders = settings, storage, scratch, pipelines
-        self._pipelines: dict[str, Render] = {}
+        self._pipelines: dict[str, Loaded] = {}
+        self._failed: dict[str, str] = {}
+        self._store: WeightStore | None = None
         self._models: Models | None = None
         self._files = WeightFiles(settings, storage, reads_disk=reads_disk)
         self._fetcher = Fetcher(
@@ -211,33 +237,135 @@ class SlotHost:
             timeout_s=settings.fetch_timeout_s,
         )
 
-    def load(self) -> frozenset[str]:
-        """Open the weights and load every pipeline.
+    def load(self) -> None:
+        """Open the weights and load every pipeline; one that cannot be loaded is told of, and tried again when wanted.
 
         Raises:
             WeightsMissing: Files of the weights are not there.
             DeviceUnusable: Torch does not see the device.
         """
+            Exception: No pipeline could be loaded; this is what was wrong with the first one.
         started = time.perf_counter()
         check_device(self.device)
-        store = open_store(
+        self._store = open_store(
             self._settings.weights, root=self._settings.full_weights_dir, has_cuda=self.device.startswith("cuda")
         )
-
-        def models() -> Models:
-            if self._models is None:
-                self._models = models_of(store, self.device, self._settings)
-            return self._models
-
-        self._pipelines = {name: load(models, self.device, self._settings) for name, load in self._loaders.items()}
-        self.weights, self.detail = store.name, describe(self.device)
+        loaded: dict[str, Loaded] = {}
+        errors: list[Exception] = []
+        for name in self._loaders:
+            try:
+                loaded[name] = self._load(name)
+            except Exception as error:
+                errors.append(error)
+                self._note_failure(name, error)
+        if errors and not loaded:
+            raise errors[0]
+        self._pipelines, self.weights, self.detail = loaded, self._store.name, describe(self.device)
         log.info(
             "pipelines_loaded",
             weights=self.weights,
             device=self.detail,
             duration_s=round(time.perf_counter() - started, 1),
+            failed=sorted(self._failed),
         )
-        return frozenset(self._pipelines)
+
+    def _load(self, name: str) -> Loaded:
+        """Load a pipeline; raises ModelsMissing where the weights of its endpoint are not there, or what went wrong."""
+        assert self._store is not None
+        (endpoint,) = (endpoint.id for endpoint in ENDPOINTS.values() if endpoint.pipeline == name)
+        if missing := self._store.missing(endpoint, self._settings.full_flux_profile):
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise ModelsMissing(
+                f"The {self._store.name} weights lack {missing[0]}{more}; get them with `{pull_command(endpoint)}`."
+            )
+        return self._loaders[name](self._open_models, self.device, self._settings)
+
+    def _open_models(self) -> Models:
+        assert self._store is not None
+        if self._models is None:
+            self._models = models_of(self._store, self.device, self._settings)
+        return self._models
+
+    def _note_failure(self, name: str, error: Exception) -> None:
+        if is_device_fault(error):
+            raise error
+        log.error("pipeline_not_loaded", pipeline=name, error=str(error) or repr(error))
+        self._failed[name] = str(error) or repr(error)
+
+    def _pipeline(self, name: str) -> Loaded:
+        """A pipeline; one that could not be loaded is tried again, for its files may be there by now.
+
+        Raises:
+            ModelsMissing: It still cannot be loaded.
+        """
+        if name not in self._pipelines:
+            try:
+                self._pipelines[name] = self._load(name)
+            except Exception as error:
+                self._note_failure(name, error)
+                raise ModelsMissing(f"This endpoint cannot work at the moment: {self._failed[name]}") from error
+            self._failed.pop(name, None)
+        return self._pipelines[name]
+
+    def obey(self, action: str, pipeline: str) -> str:
+        """Load or unload the models of a pipeline, or of all if it is empty; returns how it went, in words.
+
+        Raises:
+            Exception: The device reported a fault of its own, as in `run`.
+        """
+        started = time.perf_counter()
+        log.info("order_begun", action=action, pipeline=pipeline)
+        try:
+            answer = self._unload(pipeline) if action == "unload" else self._preload(pipeline)
+        except Exception as error:
+            if is_device_fault(error):
+                raise
+            log.exception("order_failed", action=action, pipeline=pipeline)
+            return f"failed: {error}"
+        log.info("order_done", action=action, answer=answer, duration_s=round(time.perf_counter() - started, 1))
+        return answer
+
+    def _preload(self, pipeline: str) -> str:
+        started = time.perf_counter()
+        for name in [pipeline] if pipeline else list(self._loaders):
+            warm_up = self._pipeline(name).warm_up
+            with contextlib.nullcontext() if self._models is None else self._models.request(name):
+                warm_up()
+        return f"loaded in {time.perf_counter() - started:.1f} s"
+
+    def _unload(self, pipeline: str) -> str:
+        if self._models is None:
+            return "nothing was loaded"
+        residency = self._models.residency
+        before = {holding.key: holding.size_bytes for holding in residency.holdings()}
+        dropped = residency.drop(lambda kind: pipeline_of(kind) == pipeline) if pipeline else residency.drop_all()
+        if not dropped:
+            return "nothing was loaded for it alone"
+        freed = sum(before[key] for key in dropped)
+        return f"unloaded {', '.join(sorted(dropped))}: {freed / 1e6:.1f} MB"
+
+    def report(self) -> SlotReport:
+        """What is inside; asked for on another thread than everything else."""
+        models: tuple[LoadedModel, ...] = ()
+        counts: dict[str, float] = {}
+        if self._models is not None:
+            models = tuple(
+                LoadedModel(
+                    name=holding.key,
+                    level=holding.level.value,
+                    size_bytes=holding.size_bytes,
+                    users=tuple(sorted({pipeline_of(kind) for kind in holding.users})),
+                )
+                for holding in self._models.residency.holdings()
+            )
+            counts = asdict(self._models.residency.counts)
+        return SlotReport(
+            serves=tuple(sorted(self._pipelines)),
+            failed=dict(self._failed),
+            models=models,
+            counts=counts,
+            memory=memory_of(self.device),
+        )
 
     def run(self, work: Work, emit: Emit, is_cancelled: Callable[[], bool]) -> Outcome:
         """Do one request: input, picture, storage, answer. Whatever a request can cause becomes its outcome.
@@ -288,6 +416,7 @@ class SlotHost:
             headers={"X-Fal-Served-From": f"{self.weights} weights"},
             blobs=(key,),
         )
+            timings=rendered.timings,
 
     def render(self, job: Mapping[str, Any], image: bytes, output: BinaryIO, progress: Progress) -> Rendered:
         """Make the picture of a job from its input's bytes, as PNG in `output`.
@@ -296,13 +425,15 @@ class SlotHost:
             FileRefused: A file of weights that the job names cannot be used.
             PipelineError: The picture could not be made.
         """
-        params = dict(job["params"])
-        if files := job.get("files"):
-            progress(Report(stage="download", message=f"fetching the weights of {', '.join(files)}"))
-            params |= self._files.get(files, params["family"], lambda: progress(Report(stage="download")))
-        kind = job.get("kind", job["pipeline"])
-        with contextlib.nullcontext() if self._models is None else self._models.request(kind):
-            return self._pipelines[job["pipeline"]](image, params, output, progress)
+        params, kind = dict(job["params"]), job.get("kind", job["pipeline"])
+        with contextlib.ExitStack() as block:
+            if files := job.get("files"):
+                block.enter_context(self._files.holding())
+                progress(Report(stage="download", message=f"fetching the weights of {', '.join(files)}"))
+                params |= self._files.get(files, params["family"], lambda: progress(Report(stage="download")))
+            if self._models is not None:
+                block.enter_context(self._models.request(kind))
+            return self._pipeline(job["pipeline"]).render(image, params, output, progress)
 
 
 @contextlib.contextmanager
@@ -385,7 +516,7 @@ def outcome_of(error: Exception, fields: Mapping[str, str] | None = None) -> Out
     if isinstance(error, FileRefused):
         loc = ("body", (fields or {}).get(error.parameter, error.parameter))
         return outcome_of_file(error.cause, loc)
-    if isinstance(error, NonFiniteResult | ModelsMissing):
+    if isinstance(error, NonFiniteResult | ModelsMissing | ModelsUnusable):
         return model_error("internal_server_error", str(error))
     for kind, type, ctx in FAULTS:
         if isinstance(error, kind):
@@ -421,6 +552,25 @@ def check_device(device: str) -> None:
 
 
 def describe(device: str) -> str:
+def pipeline_of(kind: str) -> str:
+    """The pipeline of a kind of requests, whose name its own begins with."""
+    return kind.partition(" ")[0]
+
+
+def memory_of(device: str) -> dict[str, int]:
+    """Bytes of the device's memory: all of it, what is free, and what this process has taken; asks torch for a GPU."""
+    if device.startswith("cuda"):
+        torch = sys.modules.get("torch")
+        if torch is None or not torch.cuda.is_initialized():
+            return {}
+        free, total = torch.cuda.mem_get_info()
+        return {"total": total, "free": free, "taken": torch.cuda.memory_reserved()}
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return {"total": memory.total, "free": memory.available, "taken": psutil.Process().memory_info().rss}
+
+
     """A device in words."""
     if not device.startswith("cuda"):
         return f"CPU ({os.cpu_count()} cores)"

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+from pydantic import SecretStr
 
 from server import lifeline
 from server.settings import Settings
@@ -92,11 +93,17 @@ def plan_slots(settings: Settings, gpus: Sequence[str]) -> list[SlotSpec]:
 
 def settings_environment(settings: Settings) -> dict[str, str]:
     """The settings as environment variables, so that every role runs on what this process decided."""
-    chosen = settings.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    chosen = settings.model_dump(exclude_unset=True, exclude_none=True)
+    plain: dict[str, Any] = json.loads(json.dumps(chosen | {"data": settings.data}, default=_plainly))
     return {
         f"UPSCALER_{name.upper()}": value if isinstance(value, str) else json.dumps(value)
-        for name, value in (chosen | {"data": str(settings.data)}).items()
+        for name, value in plain.items()
     }
+
+
+def _plainly(value: Any) -> str:
+    """A path or a secret as the text that it is read from."""
+    return value.get_secret_value() if isinstance(value, SecretStr) else str(value)
 
 
 def plan_roles(settings: Settings, slots: Sequence[SlotSpec]) -> list[Role]:

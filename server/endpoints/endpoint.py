@@ -63,6 +63,11 @@ class Endpoint(Generic[I]):
         """The part of the id after the owner."""
         return self.id.split("/")[1]
 
+    @property
+    def pipeline(self) -> str:
+        """The recipe that serves it, as its jobs name it."""
+        return self.name.replace("-", "_")
+
     def parse(self, payload: Any) -> I:
         """The input in a decoded JSON body.
 

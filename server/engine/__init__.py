@@ -6,11 +6,11 @@ A slot may be a process on this machine or an actor on another one; the dispatch
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol, TypeAlias
 
-from server.ledger.states import NewLog, Outcome
+from server.ledger.states import NewLog, Outcome, SlotReport
 
 
 class SlotState(StrEnum):
@@ -34,6 +34,7 @@ class SlotInfo:
         token: Lease of the run it works on or holds the outcome of; None when it holds none.
         pid: Process id on its machine.
         detail: One line for people: the hardware, or why it is down.
+        report: What is inside.
     """
 
     id: str
@@ -44,6 +45,7 @@ class SlotInfo:
     token: str | None = None
     pid: int | None = None
     detail: str = ""
+    report: SlotReport = field(default_factory=SlotReport)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +114,13 @@ class Engine(Protocol):
 
     async def cancel(self, slot_id: str, token: str) -> None:
         """Ask for a run to stop at its next step."""
+
+    async def order(self, slot_id: str, order_id: str, action: str, pipeline: str) -> str:
+        """Have a slot load or unload a pipeline's models, after what it is at; returns what it says of it.
+
+        Raises:
+            SlotLost: It is gone before it could say so.
+        """
 
     async def kill(self, slot_id: str) -> None:
         """End the slot's process; whoever supervises it starts a new one."""

@@ -5,8 +5,10 @@ keeps the events of its run until somebody acknowledges the outcome, and shows i
 
     dispatcher to slot   {"op": "run", "token", "work"} | {"op": "attach", "token"}
                          {"op": "acknowledge", "token"} | {"op": "cancel", "token"}
+                         {"op": "order", "token", "action", "pipeline"}
     slot to dispatcher   {"slot": {state, device, ...}}, at once and every two seconds | {"token", "event"}
                          {"token", "lost": true} to a run or attach that cannot be served
+                         {"token", "answer": text} to an order
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +28,7 @@ from typing import Any, Protocol
 import structlog
 
 from server.engine import Emit, Event, SlotInfo, SlotLost, SlotState, Work
-from server.ledger.states import NewLog, Outcome
+from server.ledger.states import NewLog, Outcome, SlotReport
 
 MAX_LINE_BYTES = 64 * 1024 * 1024
 RECONNECT_S = 0.05
@@ -61,6 +63,7 @@ class _Link:
         self._on_change = on_change
         self._writer: asyncio.StreamWriter | None = None
         self._runs: dict[str, asyncio.Queue[Event | None]] = {}
+        self._orders: dict[str, asyncio.Future[str]] = {}
         self.task = asyncio.create_task(self._keep())
 
     def send(self, message: dict[str, Any]) -> None:
@@ -93,6 +96,15 @@ class _Link:
         finally:
             del self._runs[token]
 
+    async def order(self, token: str, message: dict[str, Any]) -> str:
+        """Send an order and wait for the answer to it."""
+        future = self._orders[token] = asyncio.get_running_loop().create_future()
+        try:
+            self.send(message)
+            return await future
+        finally:
+            del self._orders[token]
+
     async def _keep(self) -> None:
         while True:
             try:
@@ -122,7 +134,12 @@ class _Link:
     def _take(self, message: dict[str, Any]) -> None:
         if "slot" in message:
             info = message["slot"]
-            self._update(SlotInfo(**info | {"state": SlotState(info["state"]), "hot": frozenset(info["hot"])}))
+            parsed = {"state": SlotState(info["state"]), "hot": frozenset(info["hot"])}
+            self._update(SlotInfo(**info | parsed | {"report": SlotReport.from_json(info["report"])}))
+        elif "answer" in message:
+            order = self._orders.get(message["token"])
+            if order is not None and not order.done():
+                order.set_result(message["answer"])
         elif (queue := self._runs.get(message["token"])) is not None:
             queue.put_nowait(None if message.get("lost") else Event.from_json(message["event"]))
 
@@ -137,6 +154,9 @@ class _Link:
         self._update(SlotInfo(id=self.info.id, detail="its process ended or is not reachable"))
         for queue in self._runs.values():
             queue.put_nowait(None)
+        for order in self._orders.values():
+            if not order.done():
+                order.set_exception(SlotLost(f"slot {self.info.id} ended before it was done"))
         await _hang_up(writer)
 
 
@@ -174,6 +194,11 @@ class LocalEngine:
         """Ask a run to stop; harmless when it is gone."""
         await self._tell(slot_id, {"op": "cancel", "token": token})
 
+    async def order(self, slot_id: str, order_id: str, action: str, pipeline: str) -> str:
+        """Have a slot load or unload; see `Engine`."""
+        message = {"op": "order", "token": order_id, "action": action, "pipeline": pipeline}
+        return await self._links[slot_id].order(order_id, message)
+
     async def kill(self, slot_id: str) -> None:
         """End a slot that does not stop when asked; its run is lost at once, also if the system cannot end it."""
         link = self._links[slot_id]
@@ -200,11 +225,17 @@ class Host(Protocol):
     weights: str
     detail: str
 
-    def load(self) -> frozenset[str]:
-        """Load everything; returns the names of the pipelines that are ready."""
+    def load(self) -> None:
+        """Load everything; raises if nothing of it can work."""
 
     def run(self, work: Work, emit: Emit, is_cancelled: Callable[[], bool]) -> Outcome:
         """Do one request; raises only when the device cannot be trusted any more, which ends the process."""
+
+    def obey(self, action: str, pipeline: str) -> str:
+        """Load or unload the models of a pipeline, or of all if it is empty; returns how it went, in words."""
+
+    def report(self) -> SlotReport:
+        """What is inside; asked for on another thread than everything else."""
 
 
 class _Run:
@@ -238,8 +269,8 @@ class SlotListener:
         async with server:
             beat = asyncio.create_task(self._beat())
             try:
-                hot = await asyncio.get_running_loop().run_in_executor(self._worker, self._host.load)
-                self._become(SlotState.READY, hot=hot)
+                await asyncio.get_running_loop().run_in_executor(self._worker, self._host.load)
+                self._become(SlotState.READY)
                 log.info("slot_ready", slot_id=self._info.id, device=self._host.device, weights=self._host.weights)
                 await beat
             finally:
@@ -247,20 +278,20 @@ class SlotListener:
                 self._path.unlink(missing_ok=True)
                 await asyncio.gather(*(_hang_up(writer) for writer in self._writers))
 
-    def _become(self, state: SlotState, *, hot: frozenset[str] | None = None) -> None:
+    def _become(self, state: SlotState) -> None:
         self._info = replace(
             self._info,
             state=state,
             device=self._host.device,
             weights=self._host.weights,
             detail=self._host.detail,
-            hot=self._info.hot if hot is None else hot,
             token=self._run.work.token if self._run else None,
         )
         self._tell(self._writers, self._introduction())
 
     def _introduction(self) -> dict[str, Any]:
-        return {"slot": {**vars(self._info), "hot": sorted(self._info.hot)}}
+        report = self._host.report()
+        return {"slot": {**vars(self._info), "hot": report.serves, "report": report.to_json()}}
 
     def _tell(self, writers: set[asyncio.StreamWriter], message: dict[str, Any]) -> None:
         for writer in writers & self._writers:
@@ -297,6 +328,8 @@ class SlotListener:
                 writer.write(_line({"token": token, "lost": True}))
             case "cancel" if run is not None and mine:
                 run.cancelled = True
+            case "order":
+                self._in_background(self._follow_order(message, writer))
             case "acknowledge" if run is not None and mine and run.is_finished:
                 self._run = None
                 self._become(SlotState.READY)
@@ -305,9 +338,23 @@ class SlotListener:
         self._run = _Run(work)
         self._run.followers.add(follower)
         self._become(SlotState.BUSY)
-        task = asyncio.create_task(self._work(self._run))
+        self._in_background(self._work(self._run))
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _follow_order(self, message: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        """Have the worker load or unload, after what it is at."""
+        loop = asyncio.get_running_loop()
+        try:
+            answer = await loop.run_in_executor(self._worker, self._host.obey, message["action"], message["pipeline"])
+        except Exception:
+            log.exception("slot_broken", slot_id=self._info.id, order_id=message["token"])
+            os._exit(71)
+        self._tell(self._writers, self._introduction())
+        self._tell({writer}, {"token": message["token"], "answer": answer})
 
     async def _work(self, run: _Run) -> None:
         loop = asyncio.get_running_loop()

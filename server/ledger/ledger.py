@@ -6,17 +6,21 @@ import json
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from server.ledger.migrate import migrate
 from server.ledger.sqlite import SqliteConnector, Writer
 from server.ledger.states import (
+    Backlog,
     Blob,
     CancelAnswer,
     LogRow,
+    Mode,
     NewLog,
     NewRequest,
+    Order,
     OutboxRow,
     Outcome,
     QueueRow,
@@ -30,6 +34,8 @@ SLOT_SILENCE_S = 15.0  # a slot not heard of for so long is not ready
 SHORT_RETENTION_S = 3600.0  # fal keeps what may not be stored for an hour, too
 SWEEP_BATCH = 500
 MAX_DOOMED = 10_000  # files deleted by one sweep; the next one deletes the rest
+ORDERS_KEPT_S = 3600.0
+MODE = "mode"
 SWEEP = "sweep"  # holder of files that are to be deleted
 EXACT_POSITIONS = 500  # deeper in the queue, positions may be a second old
 POSITIONS_AGE_S = 1.0
@@ -140,9 +146,9 @@ class Ledger:
         """What waits and runs, by endpoint and priority."""
         return [QueueRow(*row) for row in await self._db.scan("open_requests")]
 
-    async def num_webhooks(self) -> int:
-        """How many webhooks are not delivered yet, and not given up."""
-        return int((await self._db.scan("count_outbox"))[0][0])
+    async def webhook_backlog(self) -> Backlog:
+        """The webhooks that are not delivered yet, and not given up."""
+        return Backlog(*(await self._db.scan("outbox_backlog"))[0])
 
     async def request_cancel(self, request_id: str) -> CancelAnswer:
         """Cancel: at once while it waits, by asking the slot while it runs."""
@@ -285,6 +291,7 @@ class Ledger:
         while batch := await self._db.scan("outdated", now=now, limit=SWEEP_BATCH):
             await self._db.write(partial(_forget, ids=[row[0] for row in batch]))
         await self._db.write(lambda db: _doom_unheld(db, [row[0] for row in db.rows("expire_blobs", now=now)]))
+        await self._db.write(lambda db: db.run("orders_forget", before=now - ORDERS_KEPT_S))
         return [row[0] for row in await self._db.scan("doomed", holder=SWEEP, limit=MAX_DOOMED)]
 
     async def deleted(self, keys: Sequence[str]) -> None:
@@ -311,6 +318,7 @@ class Ledger:
                 weights=slot.weights,
                 detail=slot.detail,
                 heartbeat=heartbeat,
+                report=slot.report_json,
             )
         )
 
@@ -319,9 +327,38 @@ class Ledger:
         return [SlotRow(*row) for row in self._db.read("slots")]
 
     async def is_ready(self, since: float = 0.0) -> bool:
-        """Whether some slot can take a request, now or after the one it is at; heard of after `since`, Unix seconds."""
+        """Whether some slot can take a request; see `able_slots`."""
+        return bool(await self.able_slots(since))
+
+    async def able_slots(self, since: float = 0.0) -> list[SlotRow]:
+        """The slots that can take a request, now or after the one they are at; heard of after `since`, Unix seconds."""
         oldest = max(self._clock() - SLOT_SILENCE_S, since)
-        return any(slot.state in ("ready", "busy") and slot.heartbeat > oldest for slot in await self.slots())
+        return [slot for slot in await self.slots() if slot.state in ("ready", "busy") and slot.heartbeat > oldest]
+
+    async def mode(self) -> Mode:
+        """What the operator lets the server do."""
+        return Mode(await self.kv_get(MODE) or Mode.RUNNING)
+
+    async def set_mode(self, mode: Mode) -> None:
+        """Let the server do so, until something else is said."""
+        await self.kv_set(MODE, mode.value)
+
+    async def add_order(self, order: Order) -> None:
+        """Record what the operator wants."""
+        await self._db.write(lambda db: db.run("order_add", answers=None, **_without_answers(order)))
+
+    async def order(self, order_id: str) -> Order | None:
+        """An order, with the slots' answers when it is done."""
+        rows = self._db.read("order_get", id=order_id)
+        return Order(*rows[0]) if rows else None
+
+    async def open_orders(self) -> list[Order]:
+        """What is not done yet, oldest first."""
+        return [Order(*row) for row in self._db.read("orders_open")]
+
+    async def end_order(self, order_id: str, answers: dict[str, str]) -> None:
+        """Record what the slots answered."""
+        await self._db.write(lambda db: db.run("order_done", id=order_id, answers=compact_json(answers)))
 
     async def kv_get(self, key: str) -> str | None:
         """A small fact, or None."""
@@ -386,6 +423,10 @@ class Ledger:
 
 def _place_in(normal: list[int], low: list[int], priority: str, seq: int) -> int:
     return bisect_left(normal, seq) if priority == "normal" else len(normal) + bisect_left(low, seq)
+
+
+def _without_answers(order: Order) -> dict[str, Any]:
+    return {name: value for name, value in asdict(order).items() if name != "answers_json"}
 
 
 NO_OUTCOME: dict[str, Any] = {

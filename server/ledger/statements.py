@@ -32,7 +32,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 
 from server.ledger.states import State
-from server.ledger.tables import blobs, kv, logs, outbox, queued_only, requests, running_only, slots
+from server.ledger.tables import blobs, kv, logs, orders, outbox, queued_only, requests, running_only, slots
 
 r = requests.c
 # Without the job, which is large and read by nobody but the dispatcher when it starts one.
@@ -204,7 +204,7 @@ STATEMENTS: dict[str, ClauseElement | Upsert] = {
     .where(outbox.c.next_try <= bindparam("now"))
     .order_by(outbox.c.next_try)
     .limit(bindparam("limit")),
-    "count_outbox": select(func.count()).select_from(outbox).where(outbox.c.next_try.is_not(None)),
+    "outbox_backlog": select(func.count(), func.min(outbox.c.created)).where(outbox.c.next_try.is_not(None)),
     "outbox_delivered": update(outbox)
     .where(outbox.c.request_id == bindparam("id"))
     .values(next_try=null(), tries=outbox.c.tries + 1, last_status=bindparam("status"), delivered=bindparam("now")),
@@ -247,10 +247,16 @@ STATEMENTS: dict[str, ClauseElement | Upsert] = {
     "expires_s": select(r.expires_s).where(this),
     "is_held": select(exists(select(literal(1)).where(blobs.c.key == bindparam("key")))),
     # -- slots
-    "put_slot": Upsert(slots, ("id",), ("state", "device", "weights", "detail", "heartbeat")),
+    "put_slot": Upsert(slots, ("id",), ("state", "device", "weights", "detail", "heartbeat", "report")),
     "slots": select(
-        slots.c.id, slots.c.state, slots.c.device, slots.c.weights, slots.c.detail, slots.c.heartbeat
+        slots.c.id, slots.c.state, slots.c.device, slots.c.weights, slots.c.detail, slots.c.heartbeat, slots.c.report
     ).order_by(slots.c.id),
+    # -- the operator's orders
+    "order_add": insert(orders).inline().values({column.name: bindparam(column.name) for column in orders.columns}),
+    "order_get": select(*orders.columns).where(orders.c.id == bindparam("id")),
+    "orders_open": select(*orders.columns).where(orders.c.answers.is_(None)).order_by(orders.c.created),
+    "order_done": update(orders).where(orders.c.id == bindparam("id")).values(answers=bindparam("answers")),
+    "orders_forget": delete(orders).where(orders.c.answers.is_not(None), orders.c.created < bindparam("before")),
     # -- small facts
     "kv_get": select(kv.c.value).where(kv.c.key == bindparam("key")),
     "kv_set": Upsert(kv, ("key",), ("value",)),

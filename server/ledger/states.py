@@ -13,7 +13,7 @@ Times are Unix seconds. A request moves so, and in no other way:
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -43,6 +43,7 @@ class Outcome:
         inference_s: Seconds of the pipeline.
         headers: More headers of the answer.
         blobs: Keys of the files it made; they live as long as the request does.
+        timings: Seconds by stage, for the figures; not kept with the request.
     """
 
     status: int
@@ -52,6 +53,7 @@ class Outcome:
     inference_s: float | None = None
     headers: dict[str, str] = field(default_factory=dict)
     blobs: tuple[str, ...] = ()
+    timings: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +169,14 @@ class QueueRow:
 
 
 @dataclass(frozen=True)
+class Backlog:
+    """How many webhooks wait for their delivery, and since when the oldest does, Unix seconds."""
+
+    number: int
+    oldest: float | None
+
+
+@dataclass(frozen=True)
 class OutboxRow:
     """A webhook to deliver; its content is the request's outcome."""
 
@@ -176,6 +186,63 @@ class OutboxRow:
     created: float
     next_try: float
     last_status: int | None
+
+
+class Mode(StrEnum):
+    """What the operator lets the server do; it is kept over restarts."""
+
+    RUNNING = "running"
+    """Requests are taken and started."""
+    PAUSED = "paused"
+    """Requests are taken and wait; what runs ends."""
+    DRAINING = "draining"
+    """No request is taken; what waits and what runs ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model in a slot's memory.
+
+    Attributes:
+        name: Which one.
+        level: Where it is: `device`, or `host` memory.
+        size_bytes: Of its numbers.
+        users: Pipelines whose latest requests used it.
+    """
+
+    name: str
+    level: str
+    size_bytes: int
+    users: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotReport:
+    """What is inside a slot.
+
+    Attributes:
+        serves: Pipelines that can work.
+        failed: Pipelines that cannot, and why.
+        models: What is loaded.
+        counts: Events since the slot began, by name.
+        memory: Bytes by name; does not count when reports are compared, for it never stands still.
+    """
+
+    serves: tuple[str, ...] = ()
+    failed: dict[str, str] = field(default_factory=dict)
+    models: tuple[LoadedModel, ...] = ()
+    counts: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict, compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> SlotReport:
+        """From what `to_json` gave; what is missing is empty."""
+        models = tuple(LoadedModel(**one | {"users": tuple(one["users"])}) for one in data.get("models", ()))
+        return cls(**data | {"serves": tuple(data.get("serves", ())), "models": models})
 
 
 @dataclass(frozen=True)
@@ -188,6 +255,32 @@ class SlotRow:
     weights: str
     detail: str = ""
     heartbeat: float = 0.0
+    report_json: str = "{}"
+
+    @property
+    def report(self) -> SlotReport:
+        """What is inside it."""
+        return SlotReport.from_json(json.loads(self.report_json))
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the operator wants of slots; `slot` and `pipeline` empty: all of them.
+
+    `answers` are JSON: what each slot said, by its id; None while it is not done.
+    """
+
+    id: str
+    action: Literal["preload", "unload"]
+    pipeline: str
+    slot: str
+    created: float
+    answers_json: str | None = None
+
+    @property
+    def answers(self) -> dict[str, str] | None:
+        """What each slot said; None while it is not done."""
+        return json.loads(self.answers_json) if self.answers_json else None
 
 
 @dataclass(frozen=True)

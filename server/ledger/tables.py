@@ -106,6 +106,18 @@ slots = Table(
     Column("weights", Text, nullable=False),
     Column("detail", Text, nullable=False),
     Column("heartbeat", Double, nullable=False),
+    Column("report", Text, nullable=False, server_default="{}", comment="JSON; what is inside"),
+)
+
+orders = Table(
+    "orders",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("action", Text, nullable=False, comment="'preload' or 'unload'"),
+    Column("pipeline", Text, nullable=False, comment="empty: all"),
+    Column("slot", Text, nullable=False, comment="empty: all"),
+    Column("created", Double, nullable=False),
+    Column("answers", Text, comment="JSON, by slot; NULL until it is done"),
 )
 
 kv = Table(

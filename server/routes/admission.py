@@ -13,10 +13,10 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from server.endpoints import Endpoint
-from server.errors import DOWNLOAD_FAILED, InvalidInput, detail_item, model_errors
+from server.errors import DOWNLOAD_FAILED, Draining, InvalidInput, detail_item, model_errors
 from server.gateway import Gateway
 from server.inputs import FileTooLarge, MalformedDataURI, decode_data_uri
-from server.ledger import NewLog, NewRequest
+from server.ledger import Mode, NewLog, NewRequest
 from server.routes.dependencies import MEBIBYTE, Call
 from server.schemas import BLOB, Base
 from server.storage import is_public
@@ -30,7 +30,13 @@ LIFECYCLE = "x-fal-object-lifecycle-preference"
 
 
 async def admit(call: Call, payload: Any, *, webhook_url: str | None = None) -> NewRequest:
-    """The request that the ledger is to accept; an invalid input makes one that is over already, with its 422."""
+    """The request that the ledger is to accept; an invalid input makes one that is over already, with its 422.
+
+    Raises:
+        Draining: The operator lets nothing new in.
+    """
+    if await call.gateway.ledger.mode() is Mode.DRAINING:
+        raise Draining
     headers = dict(call.request.headers)
     new = NewRequest(
         id=str(uuid.uuid4()),
@@ -53,7 +59,9 @@ async def admit(call: Call, payload: Any, *, webhook_url: str | None = None) -> 
             for parameter, url in job.get("files", {}).items()
         }
     except InvalidInput as error:
-        return replace(new, outcome=model_errors(error.items))
+        refusal = model_errors(error.items)
+        call.gateway.metrics.ended.count(new.endpoint, refusal)
+        return replace(new, outcome=refusal)
     return replace(
         new,
         job={**job, "image": reference, "files": files},

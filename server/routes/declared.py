@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from server.endpoints import ENDPOINTS
+from server.ledger import Mode
 
 JSON = "application/json"
 Responses = dict[int | str, dict[str, Any]]
@@ -163,11 +164,29 @@ IS_KEY_SET = answers(
 )
 
 # -- operation
+_MODE = {"type": "string", "enum": [mode.value for mode in Mode]}
+_READINESS = {
+    "type": "object",
+    "additionalProperties": {
+        "type": "object",
+        "required": ["ready", "detail"],
+        "properties": {"ready": {"type": "boolean"}, "detail": {"type": "string"}},
+    },
+}
+IS_HEALTH = answers(
+    {
+        "type": "object",
+        "required": ["status", "endpoints"],
+        "properties": {"status": {"const": "ok"}, "endpoints": _READINESS},
+    }
+)
 _READY = {
     "type": "object",
-    "required": ["ready", "slots"],
+    "required": ["ready", "mode", "endpoints", "slots"],
     "properties": {
         "ready": {"type": "boolean"},
+        "mode": _MODE,
+        "endpoints": _READINESS,
         "slots": {"type": "array", "items": texts("id", "state", "device", "weights", "detail")},
     },
 }
@@ -175,6 +194,36 @@ IS_READY: Responses = {status: {"content": {JSON: {"schema": _READY}}} for statu
 IS_READY[503]["description"] = "No slot can take a request."
 
 IS_METRICS = answers({"type": "string"}, "text/plain")
+IS_MODE = answers({"type": "object", "required": ["mode"], "properties": {"mode": _MODE}})
+ORDER = takes({"type": "object", "properties": {"endpoint": {"type": "string"}, "slot": {"type": "string"}}})
+_ORDER = {
+    "type": "object",
+    "required": ["id", "action", "endpoint", "is_done", "answers"],
+    "properties": {
+        "id": {"type": "string"},
+        "action": {"enum": ["preload", "unload"]},
+        "endpoint": {"type": "string"},
+        "is_done": {"type": "boolean"},
+        "answers": {"type": "object", "additionalProperties": {"type": "string"}},
+    },
+}
+IS_ORDER = answers(_ORDER)
+IS_ORDERED: Responses = {202: {"content": {JSON: {"schema": _ORDER}}}}
+_LIST = {"type": "array", "items": {"type": "object"}}
+IS_OPERATION = answers(
+    {
+        "type": "object",
+        "required": ["mode", "endpoints", "slots", "queue", "webhooks", "orders"],
+        "properties": {
+            "mode": _MODE,
+            "endpoints": _READINESS,
+            "slots": _LIST,
+            "queue": _LIST,
+            "webhooks": {"type": "object"},
+            "orders": _LIST,
+        },
+    }
+)
 
 # -- playground
 _FLAG = {"type": "boolean"}

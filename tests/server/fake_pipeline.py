@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -14,7 +14,7 @@ from PIL import Image
 from pipelines.errors import ImageLoadError, ImageTooLarge
 from pipelines.progress import Progress, Stages
 from server.settings import Settings
-from weights.store import WeightStore
+from server.slot import Loaded
 
 MAX_SIDE_PX = 4096
 DEFAULT_STEPS = 10  # of pipelines without such a parameter
@@ -79,9 +79,10 @@ def decode(data: bytes) -> Image.Image:
         raise ImageLoadError("Failed to load the image.") from error
 
 
-def load_fake(store: WeightStore, device: str, settings: Settings) -> FakePipeline:
-    """For the slot's table of pipelines; `FAKE_STEP_S` sets the seconds of a step."""
-    return FakePipeline(float(os.environ.get("FAKE_STEP_S", "0.001")))
+def load_fake(open_models: Callable[[], object], device: str, settings: Settings) -> Loaded:
+    """For the slot's table of pipelines; `FAKE_STEP_S` sets the seconds of a step, and of its warming up."""
+    step_s = float(os.environ.get("FAKE_STEP_S", "0.001"))
+    return Loaded(FakePipeline(step_s), lambda: time.sleep(step_s))
 
 
 PIPELINES = dict.fromkeys(

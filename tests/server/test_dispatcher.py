@@ -18,7 +18,7 @@ from server import dispatcher as dispatcher_module
 from server.dispatcher import Dispatcher, leadership
 from server.engine import Event, SlotInfo, SlotLost, SlotState, Work
 from server.engine import local as local_module
-from server.ledger import Blob, Ledger, NewLog, NewRequest, Outcome, SlotRow
+from server.ledger import Blob, Ledger, Mode, NewLog, NewRequest, Order, Outcome, SlotRow
 from server.settings import Settings
 from server.storage import Storage, output_key
 from server.wakeup import Bell
@@ -37,6 +37,8 @@ class FakeEngine:
     queues: dict[str, asyncio.Queue[Event | None]] = field(default_factory=dict)
     cancelled: list[str] = field(default_factory=list)
     killed: list[str] = field(default_factory=list)
+    ordered: list[tuple[str, str, str]] = field(default_factory=list)
+    let_order_end: asyncio.Event = field(default_factory=asyncio.Event)
     past: list[Event] = field(default_factory=list)
 
     def slots(self) -> list[SlotInfo]:
@@ -76,6 +78,13 @@ class FakeEngine:
 
     async def kill(self, slot_id: str) -> None:
         self.killed.append(slot_id)
+
+    async def order(self, slot_id: str, order_id: str, action: str, pipeline: str) -> str:
+        if slot_id not in self.infos:
+            raise SlotLost("it died")
+        self.ordered.append((slot_id, action, pipeline))
+        await self.let_order_end.wait()
+        return "done"
 
     async def close(self) -> None:
         """Nothing to let go of."""
@@ -470,9 +479,11 @@ FREEZING = """
 import asyncio, sys, time
 from pathlib import Path
 from server.engine.local import SlotListener
+from server.ledger.states import SlotReport
 class Host:
     device = weights = detail = ""
-    def load(self): return frozenset({"p"})
+    def load(self): pass
+    def report(self): return SlotReport(serves=("p",))
     def run(self, work, emit, is_cancelled): time.sleep(300)
 asyncio.run(SlotListener(Path(sys.argv[1]), "0", Host()).serve())
 """
@@ -651,3 +662,80 @@ def test_there_is_one_leader(tmp_path: Path) -> None:
     asyncio.run(scene())
 
     assert order == ["first", "second"]
+
+
+def test_a_paused_server_starts_nothing_until_it_is_resumed(play: Play) -> None:
+    """What waits keeps its place; a new dispatcher pauses as well."""
+
+    async def story(scene: Scene) -> None:
+        await scene.ledger.set_mode(Mode.PAUSED)
+        await scene.submit()
+        await scene.dispatcher.step()
+        await scene.successor().step()
+        paused = await scene.state()
+
+        await scene.ledger.set_mode(Mode.RUNNING)
+        await scene.dispatcher.step()
+
+        assert paused == ("IN_QUEUE", None, None)
+        assert (await scene.state())[0] == "IN_PROGRESS"
+
+    play(story)
+
+
+def test_a_draining_server_does_what_it_has(play: Play) -> None:
+    """What waits is started."""
+
+    async def story(scene: Scene) -> None:
+        await scene.submit()
+        await scene.ledger.set_mode(Mode.DRAINING)
+
+        await scene.dispatcher.step()
+
+        assert (await scene.state())[0] == "IN_PROGRESS"
+
+    play(story)
+
+
+def test_orders_go_to_slots_and_their_answers_to_the_ledger(play: Play) -> None:
+    """Each slot is asked once; while it loads it gets no request; slots that are not there are said to be so."""
+
+    async def story(scene: Scene) -> None:
+        everywhere = Order("o", "preload", "p", "", time.time())
+        await scene.ledger.add_order(everywhere)
+        await scene.ledger.add_order(Order("lost", "unload", "", "9", time.time()))
+        await scene.submit()
+        for _ in range(2):
+            await scene.dispatcher.step()
+            await asyncio.sleep(0.05)
+        while_loading = await scene.state()
+        scene.engine.let_order_end.set()
+        while (found := await scene.ledger.order("o")) is None or found.answers is None:
+            await asyncio.sleep(0.01)
+        await scene.dispatcher.step()
+
+        lost = await scene.ledger.order("lost")
+        assert scene.engine.ordered == [("0", "preload", "p")]
+        assert found.answers == {"0": "done"}
+        assert lost is not None and lost.answers == {"9": "failed: it died"}
+        assert while_loading[0] == "IN_QUEUE" and (await scene.state())[0] == "IN_PROGRESS"
+        assert await scene.ledger.open_orders() == []
+
+    play(story)
+
+
+def test_an_order_outlives_its_dispatcher(play: Play) -> None:
+    """The next one gives it again: loading what is loaded does no harm."""
+
+    async def story(scene: Scene) -> None:
+        await scene.ledger.add_order(Order("o", "preload", "p", "", time.time()))
+        await scene.dispatcher.step()
+        await asyncio.sleep(0.05)
+
+        await scene.successor().step()
+        await asyncio.sleep(0.05)
+        scene.engine.let_order_end.set()
+
+        assert scene.engine.ordered == [("0", "preload", "p")] * 2
+
+    play(story)

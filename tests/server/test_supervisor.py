@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from server.settings import Settings
 from server.supervisor import (
@@ -213,8 +214,15 @@ def test_visible_devices_limit_the_gpus(monkeypatch: pytest.MonkeyPatch, value: 
 def test_roles_run_on_the_settings_of_the_supervisor(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """What came from the command line reaches every role through its environment, lists included."""
-    chosen = Settings(data=tmp_path / "x", port=1234, api_keys=["a,b", "c"], allow_unauthenticated=True)
+    """What came from the command line reaches every role through its environment, lists and secrets included."""
+    chosen = Settings(
+        data=tmp_path / "x",
+        port=1234,
+        api_keys=["a,b", "c"],
+        allow_unauthenticated=True,
+        fetch_tokens={"huggingface.co": SecretStr("hf_secret")},
+        operator_key=SecretStr("of the operator, alone"),
+    )
     for name, value in settings_environment(chosen).items():
         monkeypatch.setenv(name, value)
 

@@ -11,9 +11,11 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
+import pytest
+
 from server.engine import Emit, Event, SlotInfo, SlotLost, SlotState, Work
 from server.engine.local import LocalEngine, SlotListener, socket_path
-from server.ledger.states import NewLog, Outcome
+from server.ledger.states import NewLog, Outcome, SlotReport
 
 
 class StepwiseHost:
@@ -23,9 +25,16 @@ class StepwiseHost:
 
     def __init__(self) -> None:
         self.go_on = threading.Event()
+        self.serves: tuple[str, ...] = ()
 
-    def load(self) -> frozenset[str]:
-        return frozenset({"echo"})
+    def load(self) -> None:
+        self.serves = ("echo",)
+
+    def obey(self, action: str, pipeline: str) -> str:
+        return f"{action} {pipeline}: done"
+
+    def report(self) -> SlotReport:
+        return SlotReport(serves=self.serves, memory={"free": 1})
 
     def run(self, work: Work, emit: Emit, is_cancelled: Callable[[], bool]) -> Outcome:
         for step in (1, 2):
@@ -214,7 +223,7 @@ def test_a_message_that_is_not_understood_costs_its_run_only(tmp_path: Path) -> 
     """The connection outlives any message; a run that misses an event of its own is lost rather than without end."""
 
     async def scene() -> None:
-        facts = {**vars(SlotInfo(id="0", state=SlotState.READY)), "hot": []}
+        facts = {**vars(SlotInfo(id="0", state=SlotState.READY)), "hot": [], "report": {}}
 
         async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             writer.write(b'{"slot": {"unheard": "of"}}\n' + b"[]\n{}\n" + message(slot=facts))
@@ -241,9 +250,11 @@ FROZEN = """
 import asyncio, sys, time
 from pathlib import Path
 from server.engine.local import SlotListener
+from server.ledger.states import SlotReport
 class Host:
     device = weights = detail = ""
-    def load(self): return frozenset({"echo"})
+    def load(self): pass
+    def report(self): return SlotReport(serves=("echo",))
     def run(self, work, emit, is_cancelled): time.sleep(300)
 asyncio.run(SlotListener(Path(sys.argv[1]), "0", Host()).serve())
 """
@@ -270,3 +281,42 @@ def test_a_frozen_slot_holds_nobody_up_and_can_be_killed(tmp_path: Path) -> None
         await engine.close()
 
     asyncio.run(asyncio.wait_for(scene(), 30.0))
+
+
+def test_an_order_is_done_after_the_run_and_answered(tmp_path: Path) -> None:
+    """What the operator wants of a busy slot waits for its run, and its answer comes back."""
+
+    async def story(engine: LocalEngine, host: StepwiseHost) -> None:
+        await until_state(engine, SlotState.READY)
+        running = asyncio.create_task(collect(engine.run("0", WORK)))
+        await until_state(engine, SlotState.BUSY)
+        ordering = asyncio.create_task(engine.order("0", "o", "unload", "echo"))
+        await asyncio.sleep(0.05)
+        was_done_before = ordering.done()
+        host.go_on.set()
+
+        assert await ordering == "unload echo: done"
+        assert not was_done_before and (await running)[-1].outcome is not None
+
+    play(tmp_path, story)
+
+
+def test_an_order_to_a_slot_that_is_gone_is_lost(tmp_path: Path) -> None:
+    """Nobody waits for the answer of a slot that is not there, or goes."""
+
+    async def scene() -> None:
+        async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(message(slot={**vars(SlotInfo(id="0", state=SlotState.READY)), "hot": [], "report": {}}))
+            await reader.readline()
+            writer.close()
+
+        engine = LocalEngine(tmp_path, ["0"], lambda: None)
+        with pytest.raises(SlotLost):
+            await engine.order("0", "o", "preload", "echo")
+        async with await asyncio.start_unix_server(hang_up, str(socket_path(tmp_path, "0"))):
+            await until_state(engine, SlotState.READY)
+            with pytest.raises(SlotLost):
+                await engine.order("0", "o", "preload", "echo")
+            await engine.close()
+
+    asyncio.run(asyncio.wait_for(scene(), 10.0))
