@@ -203,11 +203,6 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
-    def _check_certificate(self) -> Settings:
-        if (self.tls_cert is None) != (self.tls_key is None):
-            given, missing = ("tls_key", "tls_cert") if self.tls_cert is None else ("tls_cert", "tls_key")
-            raise ValueError(f"{given} is of no use without {missing}: set both, or neither for a certificate of ours")
-    @model_validator(mode="after")
     def _check_operator(self) -> Settings:
         if self.operator_key is not None and len(self.operator_key.get_secret_value()) < MIN_OPERATOR_KEY:
             raise ValueError(f"operator_key must have at least {MIN_OPERATOR_KEY} characters")
@@ -215,6 +210,11 @@ class Settings(BaseSettings):
             raise ValueError("operator_key must not be one of api_keys: callers would be operators")
         return self
 
+    @model_validator(mode="after")
+    def _check_certificate(self) -> Settings:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            given, missing = ("tls_key", "tls_cert") if self.tls_cert is None else ("tls_cert", "tls_key")
+            raise ValueError(f"{given} is of no use without {missing}: set both, or neither for a certificate of ours")
         return self
 
     @model_validator(mode="after")
@@ -274,14 +274,14 @@ class Settings(BaseSettings):
         return self.data / "ledger.sqlite3"
 
     @property
-    def files_dir(self) -> Path:
-        """The local blob store."""
-        return self.data / "files"
-
-    @property
     def operator_key_path(self) -> Path:
         """Where the operator's key is, unless it is a setting."""
         return self.data / "operator.key"
+
+    @property
+    def files_dir(self) -> Path:
+        """The local blob store."""
+        return self.data / "files"
 
     @property
     def uploads_dir(self) -> Path:

@@ -152,16 +152,12 @@ def load_crystal_upscaler(open_models: Callable[[], Models], device: str, settin
     tiff_from_px = None if settings.tiff_from_mp is None else int(settings.tiff_from_mp * 1e6)
     pipeline = CrystalUpscaler(models, weights=models.description, tiff_from_px=tiff_from_px)
     limits = replace(limits_of(settings), max_output_pixels=int(settings.max_crystal_output_mp * 1e6))
-    return lambda image, params, output, progress: pipeline(
-        image, Params(**params), limits=limits, output=output, progress=progress
-    )
-
-    limits = replace(limits_of(settings), max_output_pixels=int(settings.max_crystal_output_mp * 1e6))
 
     def render(image: bytes, params: Mapping[str, Any], output: BinaryIO, progress: Progress) -> Rendered:
         return pipeline(image, Params(**params), limits=limits, output=output, progress=progress)
 
     return Loaded(render, pipeline.warm_up)
+
 
 def limits_of(settings: Settings) -> Limits:
     """The sizes of pictures that are accepted."""
@@ -243,8 +239,8 @@ class SlotHost:
         Raises:
             WeightsMissing: Files of the weights are not there.
             DeviceUnusable: Torch does not see the device.
-        """
             Exception: No pipeline could be loaded; this is what was wrong with the first one.
+        """
         started = time.perf_counter()
         check_device(self.device)
         self._store = open_store(
@@ -265,8 +261,8 @@ class SlotHost:
             "pipelines_loaded",
             weights=self.weights,
             device=self.detail,
-            duration_s=round(time.perf_counter() - started, 1),
             failed=sorted(self._failed),
+            duration_s=round(time.perf_counter() - started, 1),
         )
 
     def _load(self, name: str) -> Loaded:
@@ -415,8 +411,8 @@ class SlotHost:
             inference_s=rendered.timings["inference"],
             headers={"X-Fal-Served-From": f"{self.weights} weights"},
             blobs=(key,),
-        )
             timings=rendered.timings,
+        )
 
     def render(self, job: Mapping[str, Any], image: bytes, output: BinaryIO, progress: Progress) -> Rendered:
         """Make the picture of a job from its input's bytes, as PNG in `output`.
@@ -551,7 +547,6 @@ def check_device(device: str) -> None:
         )
 
 
-def describe(device: str) -> str:
 def pipeline_of(kind: str) -> str:
     """The pipeline of a kind of requests, whose name its own begins with."""
     return kind.partition(" ")[0]
@@ -571,6 +566,7 @@ def memory_of(device: str) -> dict[str, int]:
     return {"total": memory.total, "free": memory.available, "taken": psutil.Process().memory_info().rss}
 
 
+def describe(device: str) -> str:
     """A device in words."""
     if not device.startswith("cuda"):
         return f"CPU ({os.cpu_count()} cores)"
