@@ -10,12 +10,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weights.header import UnsuitableFile
 from weights.ldm import unet_name, unet_prefixes
-from weights.lora import TEXT_ENCODERS, UNET, Change, Lora, on_device
+from weights.lora import TEXT_ENCODERS, UNET, Change, Difference, Lora
 
 MIN_MATCHED = 0.5
 """Least share of a file's layers that the model must have: below it, the file was made for another model."""
@@ -30,10 +31,14 @@ class Adaptable(Protocol):
     def text_encoders(self) -> Sequence[nn.Module]: ...
 
 
+Layer = tuple[nn.Module, Change | Difference]
+"""A layer, and what is added to it."""
+
+
 class Match(NamedTuple):
     """The layers of a model that a LoRA changes, and how many of its layers the model has not."""
 
-    layers: list[tuple[nn.Module, Change]]
+    layers: list[Layer]
     num_unknown: int
 
 
@@ -45,10 +50,11 @@ def match(lora: Lora, model: Adaptable, family: str) -> Match:
             model is called in the message.
     """
     made_for = f"was made for {lora.family or 'another model'}, not for {family}"
-    layers = []
-    for part, changes in lora.parts.items():
+    layers: list[Layer] = []
+    for part in sorted(lora.parts.keys() | lora.differences.keys()):
         names = _names(part, model)
-        for name, change in changes.items():
+        changes: list[tuple[str, Change | Difference]] = [*lora.parts.get(part, {}).items()]
+        for name, change in changes + [*lora.differences.get(part, {}).items()]:
             module = names.get(name)
             if module is None:
                 continue
@@ -62,7 +68,7 @@ def match(lora: Lora, model: Adaptable, family: str) -> Match:
 
 
 @contextmanager
-def applied(layers: Sequence[tuple[nn.Module, Change]], scale: float) -> Iterator[None]:
+def applied(layers: Sequence[Layer], scale: float) -> Iterator[None]:
     """Let layers add their changes, times `scale`, until the end of the block, however it ends.
 
     A scale of 0 adds nothing at all, so results are those without, bit for bit.
@@ -71,33 +77,55 @@ def applied(layers: Sequence[tuple[nn.Module, Change]], scale: float) -> Iterato
         for module, change in layers if scale else ():
             weight = module.weight
             assert isinstance(weight, Tensor)
-            addition = _Addition(on_device(change, weight.device, weight.dtype), scale * change.scale)
-            hooks.callback(module.register_forward_hook(addition).remove)
+            hooks.callback(module.register_forward_hook(_Addition(change, scale, like=weight)).remove)
         yield
 
 
 class _Addition:
-    """A forward hook: `output + factor · up(mid(down(input)))`."""
+    """A forward hook: `output + scale · change(input)`."""
 
-    def __init__(self, change: Change, factor: float) -> None:
-        self._down, self._mid, self._up, self._factor = change.down, change.mid, change.up, factor
+    def __init__(self, change: Change | Difference, scale: float, *, like: Tensor) -> None:
+        def there(tensor: Tensor | None) -> Any:
+            return None if tensor is None else tensor.to(like.device, like.dtype)
+
+        self._factor = scale
+        if isinstance(change, Change):
+            self._factor *= change.scale
+            self._down, self._mid, self._up = there(change.down), there(change.mid), there(change.up)
+            self._added = self._low_rank
+        else:
+            self._bias = there(change.bias)
+            self._weight = torch.zeros_like(like) if change.weight is None else there(change.weight).view_as(like)
+            self._added = self._difference
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = inputs[0]
-        if isinstance(module, nn.Conv2d):
-            geometry: dict[str, Any] = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
-            if self._mid is None:
-                x = F.conv2d(x, self._as_kernel(self._down), **geometry)
-            else:
-                x = F.conv2d(F.conv2d(x, self._as_kernel(self._down)), self._mid, **geometry)
-            added = F.conv2d(x, self._as_kernel(self._up))
-        else:
-            added = F.linear(F.linear(x, self._down.flatten(1)), self._up.flatten(1))
-        return output + added * self._factor
+        return output + self._added(module, inputs[0]) * self._factor
 
-    @staticmethod
-    def _as_kernel(matrix: Tensor) -> Tensor:
-        return matrix if matrix.ndim == 4 else matrix[:, :, None, None]
+    def _low_rank(self, module: nn.Module, x: Tensor) -> Tensor:
+        if not isinstance(module, nn.Conv2d):
+            return F.linear(F.linear(x, self._down.flatten(1)), self._up.flatten(1))
+        if self._mid is None:
+            x = F.conv2d(x, _as_kernel(self._down), **_geometry(module))
+        else:
+            x = F.conv2d(F.conv2d(x, _as_kernel(self._down)), self._mid, **_geometry(module))
+        return F.conv2d(x, _as_kernel(self._up))
+
+    def _difference(self, module: nn.Module, x: Tensor) -> Tensor:
+        if isinstance(module, nn.GroupNorm):
+            return F.group_norm(x, module.num_groups, self._weight, self._bias, module.eps)
+        if isinstance(module, nn.LayerNorm):
+            return F.layer_norm(x, module.normalized_shape, self._weight, self._bias, module.eps)
+        if isinstance(module, nn.Conv2d):
+            return F.conv2d(x, self._weight, self._bias, **_geometry(module))
+        return F.linear(x, self._weight, self._bias)
+
+
+def _as_kernel(matrix: Tensor) -> Tensor:
+    return matrix if matrix.ndim == 4 else matrix[:, :, None, None]
+
+
+def _geometry(module: nn.Conv2d) -> dict[str, Any]:
+    return {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
 
 
 def _names(part: str, model: Adaptable) -> dict[str, nn.Module]:
@@ -120,8 +148,10 @@ def _names(part: str, model: Adaptable) -> dict[str, nn.Module]:
     return found
 
 
-def _fits(module: nn.Module, change: Change) -> bool:
-    """Whether a change has the shapes of a layer, which must be a matrix or a convolution."""
+def _fits(module: nn.Module, change: Change | Difference) -> bool:
+    """Whether a change has the shapes of a layer, which must be a matrix, a convolution or, whole, a normalisation."""
+    if isinstance(change, Difference):
+        return _fits_whole(module, change)
     num_in, num_out = change.down.shape[1], change.up.shape[0]
     if isinstance(module, nn.Linear):
         # A 1 x 1 convolution is a matrix to the files of others.
@@ -132,3 +162,15 @@ def _fits(module: nn.Module, change: Change) -> bool:
     kernel = change.down if change.mid is None else change.mid
     size = tuple(kernel.shape[2:]) or (1, 1)
     return (num_in, num_out) == (module.in_channels, module.out_channels) and size == tuple(module.kernel_size)
+
+
+def _fits_whole(module: nn.Module, change: Difference) -> bool:
+    if not isinstance(module, nn.Linear | nn.Conv2d | nn.GroupNorm | nn.LayerNorm):
+        return False
+    if isinstance(module, nn.Conv2d) and module.groups != 1:
+        return False
+    num_out = module.weight.shape[0]
+    weight, bias = change.weight, change.bias
+    # A 1 x 1 convolution is a matrix to the files of others.
+    shapes = (tuple(module.weight.shape), tuple(side for side in module.weight.shape if side != 1))
+    return (weight is None or tuple(weight.shape) in shapes) and (bias is None or tuple(bias.shape) == (num_out,))

@@ -22,9 +22,9 @@ from functools import partial
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pipelines.adapters import applied, match
+from pipelines.adapters import Layer, applied, match
 from pipelines.bands import cut
 from pipelines.caption import join_within_window
 from pipelines.delivery import Result, describe_tiles, opaque, recipe_of
@@ -49,7 +49,6 @@ from weights.embedding import fitting
 from weights.fetch import WeightFile
 from weights.header import UnsuitableFile
 from weights.hub import BaseFiles
-from weights.lora import Change
 from weights.store import WeightStore
 
 NAME = "creative_upscaler"
@@ -93,7 +92,7 @@ class Adapted:
     """The models of one request: a family, the layers that a LoRA changes, the words that embeddings stand for."""
 
     family: Family
-    layers: list[tuple[nn.Module, Change]]
+    layers: list[Layer]
     embeddings: tuple[Mapping[str, Tensor], ...]
 
 
@@ -175,14 +174,17 @@ class CreativeUpscaler:
             )
         with _blaming("base_model"):
             family = self.models.family(params.family, params.base_model)
-        layers: list[tuple[nn.Module, Change]] = []
+        layers: list[Layer] = []
         embeddings: tuple[Mapping[str, Tensor], ...] = ()
         if params.lora is not None:
             with _blaming("lora"):
-                found = match(self.models.lora(params.lora), family.model, FAMILY_NAMES[params.family])
+                lora = self.models.lora(params.lora)
+                found = match(lora, family.model, FAMILY_NAMES[params.family])
             layers = found.layers
             if found.num_unknown:
                 stages.remark("models", f"{found.num_unknown} layers of the LoRA are not in this model: left out")
+            if lora.num_unknown:
+                stages.remark("models", f"{lora.num_unknown} tensors of the LoRA are of no known kind: left out")
         if params.embedding is not None:
             widths = tuple(encoder.config.hidden_size for encoder in family.model.text_encoders)
             with _blaming("embedding"):

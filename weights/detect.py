@@ -65,7 +65,6 @@ UNSUPPORTED_ADAPTERS = (
     _Sign(r"dora_scale|lora_magnitude_vector", "DoRA"),
     _Sign(r"\.on_input$", "(IA)3"),
     _Sign(r"\.a1\.weight$", "GLoRA"),
-    _Sign(r"\.diff(_b)?$", "full differences"),
 )
 """Kinds of adapters besides LoRA and LoCon; they are refused by name rather than applied by half."""
 

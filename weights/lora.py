@@ -6,10 +6,12 @@
 | kohya for SDXL        | `lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight`, `lora_te2_…`  |
 | PEFT, diffusers       | `unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight`              |
 | diffusers before PEFT | `unet.down_blocks.0.….attn1.processor.to_q_lora.down.weight`                                 |
+| ComfyUI               | `diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.lora_down.weight`          |
 
 A LoRA adds `alpha / rank · up(down(x))` to what a layer computes (arXiv 2106.09685); LoCon does so for convolutions,
-with a third one between the two where it was decomposed further. Names are kept with `_` for every dot: so a model's
-modules can be found under each spelling.
+with a third one between the two where it was decomposed further. Some files also change what has no rank: biases and
+normalisations (`.diff`, `.diff_b`, `.w_norm`, `.b_norm`). Names are kept with `_` for every dot: so a model's modules
+can be found under each spelling.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +35,23 @@ UNET, TEXT_ENCODERS = "unet", ("text_encoder", "text_encoder_2")
 """The parts of a model that a file may change."""
 
 _PARTS = (
-    (r"lora_unet_|lycoris_|unet\.|base_model\.model\.", UNET),
-    (r"lora_te1?_|text_encoder\.", TEXT_ENCODERS[0]),
+    (r"lora_unet_|lycoris_|unet\.|(model\.)?diffusion_model\.", UNET),
+    (r"lora_te1?_|text_encoder\.|(?=text_model\.)", TEXT_ENCODERS[0]),
     (r"lora_te2_|text_encoder_2\.", TEXT_ENCODERS[1]),
 )
+_WRAPPER = re.compile(r"^(base_model\.model\.)+")
 _ROLE = re.compile(
     r"(?:\.lora_(?P<kohya>down|up|mid)|\.lora_(?P<peft>[AB])(?:\.\w+)?|[._]lora\.(?P<old>down|up)"
-    r"|\.lora_linear_layer\.(?P<older>down|up))\.weight$|\.(?P<alpha>alpha)$"
+    r"|\.lora_linear_layer\.(?P<older>down|up))\.weight$|\.(?P<other>alpha|scalar|diff|diff_b|w_norm|b_norm)$"
 )
-_ROLES = {"A": "down", "B": "up"}
+_ROLES = {"A": "down", "B": "up", "w_norm": "diff", "b_norm": "diff_b"}
+_NUMBERS = ("alpha", "scalar")
+MIN_KNOWN = 0.5
+"""Least share of a file's tensors whose names are understood."""
 _IGNORED = re.compile(r"^bundle_emb\.")
+IGNORED = ("", "", "")
+"""The place of a tensor that is none of our business: embeddings that were packed into the file."""
+_ONE = torch.ones(1)
 _OLD_TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
@@ -63,29 +72,41 @@ class Change:
     scale: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """What is added to the weight and the bias of one layer, of the shapes that these have."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+
 @dataclass(frozen=True)
 class Lora:
-    """A file's changes: part of the model -> name of the layer, with `_` for dots -> change."""
+    """A file's changes: part of the model -> name of the layer, with `_` for dots -> change.
+
+    `num_unknown` of its tensors have names that nobody here understands.
+    """
 
     parts: dict[str, dict[str, Change]]
     family: str
+    differences: dict[str, dict[str, Difference]] = field(default_factory=dict)
+    num_unknown: int = 0
 
     @property
     def num_layers(self) -> int:
-        """How many layers the file changes."""
-        return sum(len(changes) for changes in self.parts.values())
+        """How many layers the file changes; one that is changed in two ways counts twice."""
+        return sum(len(changes) for part in (self.parts, self.differences) for changes in part.values())
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all its numbers."""
+        changes = [change for part in self.parts.values() for change in part.values()]
+        differences = [difference for part in self.differences.values() for difference in part.values()]
         tensors = [
-            tensor
-            for changes in self.parts.values()
-            for change in changes.values()
-            for tensor in (change.down, change.up, change.mid)
-            if tensor is not None
+            *(tensor for change in changes for tensor in (change.down, change.up, change.mid)),
+            *(tensor for difference in differences for tensor in (difference.weight, difference.bias)),
         ]
-        return sum(tensor.nbytes for tensor in tensors)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def read_lora(path: Path) -> Lora:
@@ -97,29 +118,39 @@ def read_lora(path: Path) -> Lora:
     header = read_header(path)
     family = check_lora(header)
     layers: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
+    unknown = []
     with safe_open(path, framework="pt") as tensors:
         for name in header.tensors:
             place = _place(name)
             if place is None:
-                raise UnsuitableFile(f"holds a tensor that belongs to no LoRA: {name[:120]!r}")
-            part, layer, role = place
-            if role:
-                layers[part, layer][role] = _finite(tensors.get_tensor(name), name, whole=role == "alpha")
+                unknown.append(name)
+            elif place != IGNORED:
+                part, layer, role = place
+                layers[part, layer][role] = _finite(tensors.get_tensor(name), name, whole=role in _NUMBERS)
+    if len(unknown) > (1 - MIN_KNOWN) * len(header.tensors):
+        raise UnsuitableFile(f"holds tensors that belong to no LoRA, such as {unknown[0][:120]!r}")
     settings = _peft_settings(header)
     parts: dict[str, dict[str, Change]] = defaultdict(dict)
+    differences: dict[str, dict[str, Difference]] = defaultdict(dict)
     for (part, layer), found in layers.items():
-        parts[part][layer] = _change(layer, found, settings.get(part, {}))
-    return Lora(dict(parts), family)
+        weight, bias = found.pop("diff", None), found.pop("diff_b", None)
+        if weight is not None or bias is not None:
+            differences[part][layer] = Difference(weight=weight, bias=bias)
+        if not found.keys() <= set(_NUMBERS) and 0 not in found.get("down", _ONE).shape[:1]:  # rank 0 adds nothing
+            parts[part][layer] = _change(layer, found, settings.get(part, {}))
+    if not parts and not differences:
+        raise UnsuitableFile("changes no layer")
+    return Lora(dict(parts), family, dict(differences), len(unknown))
 
 
 def _place(name: str) -> tuple[str, str, str] | None:
-    """Part, layer and role of a tensor; the role is empty for what is none of our business, None for the unknown."""
+    """Part, layer and role of a tensor; None for one whose name is not understood."""
     if _IGNORED.match(name):
-        return "", "", ""
+        return IGNORED
     role = _ROLE.search(name)
     if role is None:
         return None
-    part, stem = UNET, name[: role.start()]
+    part, stem = UNET, _WRAPPER.sub("", name[: role.start()])
     for pattern, candidate in _PARTS:
         if (prefix := re.match(pattern, stem)) is not None:
             part, stem = candidate, stem[prefix.end() :]
@@ -152,15 +183,16 @@ def _change(layer: str, found: dict[str, Tensor], settings: dict[str, Any]) -> C
         raise UnsuitableFile(f"has shapes in {layer!r} that do not fit together: {down.shape} and {up.shape}")
     if mid is not None and (mid.ndim != 4 or mid.shape[:2] != (rank, rank) or down[0:1, 0:1].numel() != 1):
         raise UnsuitableFile(f"has shapes in {layer!r} that do not fit together: {down.shape} and {mid.shape}")
+    if any(found[name].numel() != 1 for name in _NUMBERS if name in found):
+        raise UnsuitableFile(f"has an alpha in {layer!r} that is not one number")
+    factor = float(found.get("scalar", _ONE))
     if "alpha" in found:
-        if found["alpha"].numel() != 1:
-            raise UnsuitableFile(f"has an alpha in {layer!r} that is not one number")
-        return Change(down=down, up=up, mid=mid, scale=float(found["alpha"]) / rank)
+        return Change(down=down, up=up, mid=mid, scale=factor * float(found["alpha"]) / rank)
     alpha = _pattern(layer, settings.get("alpha_pattern"), settings.get("lora_alpha", rank))
     root = math.sqrt(rank) if settings.get("use_rslora") else rank
     if not math.isfinite(alpha):
         raise UnsuitableFile(f"has an alpha for {layer!r} that is not a finite number")
-    return Change(down=down, up=up, mid=mid, scale=alpha / root)
+    return Change(down=down, up=up, mid=mid, scale=factor * alpha / root)
 
 
 def _pattern(layer: str, patterns: Any, default: Any) -> float:
@@ -192,9 +224,3 @@ def _peft_settings(header: Header) -> dict[str, dict[str, Any]]:
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UnsuitableFile("has settings of its LoRA that cannot be read") from error
     return settings
-
-
-def on_device(change: Change, device: torch.device, dtype: torch.dtype) -> Change:
-    """The same change where a layer computes."""
-    mid = None if change.mid is None else change.mid.to(device, dtype)
-    return Change(down=change.down.to(device, dtype), up=change.up.to(device, dtype), mid=mid, scale=change.scale)

@@ -25,9 +25,9 @@ from pipelines.tiling import fit_grid
 from pipelines.vae import TiledVAE
 from tests.pipelines import test_sd15, test_sdxl
 from tests.pipelines.small_sdxl import write_small_sdxl
-from tests.weights.lora_files import kohya, peft, random_changes, written
+from tests.weights.lora_files import before_peft, kohya, peft, random_changes, sdxl_kohya, written
 from weights.embedding import fitting, read_embedding
-from weights.lora import read_lora
+from weights.lora import Change, read_lora
 from weights.store import WeightStore
 
 STEPS, GUIDANCE, CONTROL = 5, 5.0, 0.7
@@ -118,6 +118,56 @@ def test_a_lora_gives_the_stock_pipelines_pixels(
     difference = (made - theirs(stock, image, noised, sigmas, *texts)).abs().max()
     assert difference < 1 / 255
     assert difference < 0.1 * (made - plain).abs().max()
+
+
+def without_alpha(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith("alpha")}
+
+
+FILES: dict[str, Callable[[Any, dict[str, Any]], dict[str, Tensor]]] = {
+    "kohya": lambda family, options: kohya(random_changes(family, **options)),
+    "kohya without alpha": lambda family, options: without_alpha(kohya(random_changes(family, **options))),
+    "kohya, SDXL's own numbers": lambda family, options: sdxl_kohya(
+        random_changes(family, **options), family.unet.config.layers_per_block
+    ),
+    "peft": lambda family, options: peft(random_changes(family, **options)),
+    "diffusers before peft": lambda family, options: before_peft(random_changes(family, text=False)),
+    "half precision": lambda family, options: {
+        name: tensor.bfloat16() for name, tensor in kohya(random_changes(family, **options)).items()
+    },
+}
+
+
+@pytest.mark.parametrize("text", [True, False], ids=["both", "UNet alone"])
+@pytest.mark.parametrize("spelling", FILES)
+def test_a_lora_changes_the_layers_that_diffusers_changes(
+    side: Side, tmp_path: Path, spelling: str, text: bool
+) -> None:
+    """diffusers' own loader is the judge of which layers a file means, convolutions included, and by how much."""
+    if "SDXL" in spelling and len(side.family.text_encoders) < 2:
+        pytest.skip("Stable Diffusion 1.5 has no such files")
+    file = written(FILES[spelling](side.family, {"text": text}), tmp_path / "lora.safetensors")
+    found = match(read_lora(file), side.family, "this family")
+    stock = side.stock(torch.ones(3))
+    stock.load_lora_weights(tmp_path, weight_name="lora.safetensors", adapter_name="x")
+
+    encoders = ("text_encoder", "text_encoder_2")[: len(side.family.text_encoders)]
+    parts = {"unet": side.family.unet, **dict(zip(encoders, side.family.text_encoders, strict=True))}
+    names = {id(module): (part, name) for part, root in parts.items() for name, module in root.named_modules()}
+    ours = {names[id(module)]: change for module, change in found.layers}
+    theirs = {
+        (part, name): module
+        for part in parts
+        for name, module in getattr(stock, part).named_modules()
+        if hasattr(module, "get_delta_weight") and module.lora_A
+    }
+
+    assert found.num_unknown == 0 and ours.keys() == theirs.keys() and len(ours) > 10
+    for place, change in ours.items():
+        assert isinstance(change, Change)
+        delta = theirs[place].get_delta_weight("x").detach().flatten(1).float()
+        product = change.up.flatten(1).float() @ change.down.flatten(1).float()
+        assert torch.allclose(change.scale * product, delta, atol=1e-2 * float(delta.abs().max())), place
 
 
 @torch.inference_mode()

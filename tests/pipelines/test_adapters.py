@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from pipelines.adapters import applied, match
 from tests.weights.lora_files import ALPHA, RANK, before_peft, kohya, peft, random_changes, written
 from weights.header import UnsuitableFile
-from weights.lora import Change, read_lora
+from weights.lora import Change, Difference, read_lora
 from weights.store import WeightStore
 
 
@@ -61,6 +62,7 @@ def test_every_spelling_finds_every_layer(family: Any, tmp_path: Path, spelling:
     }
     assert found.num_unknown == 0 and len(found.layers) == len(changes)
     for module, change in found.layers:
+        assert isinstance(change, Change)
         pair = changes[names[id(module)]]
         ours = change.scale * (change.up.flatten(1) @ change.down.flatten(1))
         assert torch.allclose(ours, ALPHA / RANK * (pair.up.flatten(1) @ pair.down.flatten(1)), atol=1e-6)
@@ -114,6 +116,50 @@ def test_a_decomposed_convolution_is_three(family: Any) -> None:
 
     with applied([(layer, Change(down=down, up=up, mid=mid, scale=1.0))], 1.0):
         assert torch.allclose(layer(x), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear(6, 5), nn.Conv2d(6, 5, 3, stride=2, padding=1), nn.GroupNorm(2, 6), nn.LayerNorm(6)],
+    ids=["linear", "convolution", "group norm", "layer norm"],
+)
+@pytest.mark.parametrize("parts", [("weight", "bias"), ("weight",), ("bias",)], ids="-".join)
+def test_a_difference_equals_a_changed_layer(layer: Any, parts: tuple[str, ...]) -> None:
+    """Whole weights, biases and normalisations can be added to as well; the layer itself stays as it is."""
+    x = torch.randn(2, 6, 9, 9) if isinstance(layer, nn.Conv2d | nn.GroupNorm) else torch.randn(2, 6)
+    changes = {part: torch.randn_like(getattr(layer, part)) for part in parts}
+    changed = copy.deepcopy(layer)
+    with torch.no_grad():
+        for part, change in changes.items():
+            getattr(changed, part).add_(0.7 * change)
+
+    difference = Difference(weight=changes.get("weight"), bias=changes.get("bias"))
+    with applied([(layer, difference)], 0.7):
+        ours = layer(x)
+
+    assert torch.allclose(ours, changed(x), atol=1e-5) and not torch.allclose(ours, layer(x), atol=1e-2)
+
+
+def test_differences_are_found_by_every_name(family: Any, tmp_path: Path) -> None:
+    """In kohya's and LyCORIS' names, next to a LoRA of the same layer; a wrong shape is the wrong model."""
+    unet = family.unet
+    norm, conv = unet.down_blocks[0].resnets[0].norm1, unet.conv_in
+    tensors = {
+        "lora_unet_down_blocks_0_resnets_0_norm1.w_norm": torch.randn_like(norm.weight),
+        "lora_unet_down_blocks_0_resnets_0_norm1.b_norm": torch.randn_like(norm.bias),
+        "lora_unet_input_blocks_0_0.diff": torch.randn_like(conv.weight),
+        "lora_unet_input_blocks_0_0.diff_b": torch.randn_like(conv.bias),
+        "lora_unet_conv_in.lora_down.weight": torch.randn(2, conv.in_channels, 3, 3),
+        "lora_unet_conv_in.lora_up.weight": torch.randn(conv.out_channels, 2, 1, 1),
+    }
+
+    found = match(read_lora(written(tensors, tmp_path / "x")), family, "Stable Diffusion 1.5")
+
+    assert sorted(type(change).__name__ for _, change in found.layers) == ["Change", "Difference", "Difference"]
+    assert {id(module) for module, _ in found.layers} == {id(norm), id(conv)}
+    tensors["lora_unet_input_blocks_0_0.diff_b"] = torch.ones(1)
+    with pytest.raises(UnsuitableFile, match="another shape"):
+        match(read_lora(written(tensors, tmp_path / "y")), family, "Stable Diffusion 1.5")
 
 
 def test_scale_zero_is_no_adapter_and_nothing_stays(family: Any, tmp_path: Path) -> None:

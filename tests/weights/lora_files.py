@@ -63,6 +63,46 @@ def kohya(changes: Changes, unet_config: Mapping[str, Any] | None = None) -> dic
     return tensors
 
 
+def sdxl_kohya(changes: Changes, layers_per_block: int, num_blocks: int = 3) -> dict[str, Tensor]:
+    """As kohya's trainer names SDXL's layers: by the arithmetic of its own table, independent of `weights.ldm`."""
+    places = {"mid_block.attentions.0": "middle_block.1", "conv_in": "input_blocks.0.0", "conv_out": "out.2"}
+    for block in range(num_blocks):
+        first_down, first_up = (layers_per_block + 1) * block + 1, (layers_per_block + 1) * block
+        for layer in range(layers_per_block + 1):
+            places |= {
+                f"down_blocks.{block}.resnets.{layer}": f"input_blocks.{first_down + layer}.0",
+                f"down_blocks.{block}.attentions.{layer}": f"input_blocks.{first_down + layer}.1",
+                f"up_blocks.{block}.resnets.{layer}": f"output_blocks.{first_up + layer}.0",
+                f"up_blocks.{block}.attentions.{layer}": f"output_blocks.{first_up + layer}.1",
+            }
+        places[f"down_blocks.{block}.downsamplers.0.conv"] = f"input_blocks.{first_down + layers_per_block}.0.op"
+        places[f"up_blocks.{block}.upsamplers.0"] = f"output_blocks.{first_up + layers_per_block}.2"
+    places |= {f"mid_block.resnets.{layer}": f"middle_block.{2 * layer}" for layer in range(2)}
+    inner = {
+        "norm1": "in_layers.0",
+        "conv1": "in_layers.2",
+        "norm2": "out_layers.0",
+        "conv2": "out_layers.3",
+        "time_emb_proj": "emb_layers.1",
+        "conv_shortcut": "skip_connection",
+    }
+    heads = {"unet": "lora_unet_", "text_encoder": "lora_te1_text_model_", "text_encoder_2": "lora_te2_text_model_"}
+    tensors = {}
+    for (part, name), pair in changes.items():
+        if part == "unet":
+            place = next(
+                place for place in sorted(places, reverse=True) if name == place or name.startswith(place + ".")
+            )
+            name = places[place] + "".join(
+                f".{inner.get(word, word)}" if "resnets" in place else f".{word}"
+                for word in name.removeprefix(place).split(".")[1:]
+            )
+        stem = heads[part] + name.replace(".", "_")
+        tensors |= {f"{stem}.lora_down.weight": pair.down, f"{stem}.lora_up.weight": pair.up}
+        tensors[f"{stem}.alpha"] = torch.tensor(ALPHA)
+    return tensors
+
+
 def peft(changes: Changes) -> dict[str, Tensor]:
     """As diffusers saves what PEFT trained; alpha is the rank, so the factor is in `up`."""
     tensors = {}
