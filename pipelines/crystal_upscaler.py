@@ -1,14 +1,14 @@
 """`clarityai/crystal-upscaler`: portraits and fine surfaces, faithful by default, up to 200 times the side.
 
-Plan (sizes, passes; refused before any weight is loaded), then run: decode (`images`), find faces (`faces`), passes
-(`staged`) of pre-stage and, with a strength, diffusion in bounded memory, PNG in bands (`delivery`). Without a strength
-the pre-stage's network does it all; fal's endpoint, as its partners document it, does the same for pictures whose
-shorter side is at most 256 px, whatever the creativity.
+Plan (sizes, passes; refused before any weight is loaded), then run: decode (`images`), find faces (`faces`), restore
+the small ones (`face_restoration`), passes (`staged`) of pre-stage and, with a strength, diffusion in bounded memory,
+PNG in bands (`delivery`). Without a strength the pre-stage's network does it all; fal's endpoint, as its partners
+document it, does the same for pictures whose shorter side is at most 256 px, whatever the creativity.
 
 Diffusion passes double at most, and end where the picture is 4096 px long or 16 times as large: beyond that nothing is
 left in the input to be faithful to, and the network alone goes on. Faces are redrawn with half the strength of the rest
 (differential diffusion, arXiv 2306.00950), each within a tile of its own. Models and licences: those of
-`clarity_upscaler`, and OpenCV's cascade for frontal faces.
+`clarity_upscaler`, OpenCV's cascade for frontal faces, and RestoreFormer++ (Apache-2.0) where the operator has it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from functools import cached_property, partial
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
 from pipelines.delivery import BIG_TIFF, PNG, Result, deliver, opaque, recipe_of, write_picture
+from pipelines.face_restoration import RestoredFace, restore_faces, with_faces
 from pipelines.faces import NO_FACES, FaceDetector, FaceMap, load_detector
 from pipelines.images import Picture, decode
 from pipelines.models import Family, Models
@@ -54,6 +56,7 @@ class Params:
     scale: float  # 1..200, output side / input side
     strength: float  # 0..1; 0 is the network alone
     controlnet_conditioning_scale: float  # 0..1
+    face_restoration: float = 1.0  # 0..1, of restored faces against what the passes made of them
     guidance_scale: float = 4.0
     num_inference_steps: int = 20
     seed: int = 0
@@ -66,10 +69,14 @@ class CrystalUpscaler:
         models: Of one set of weights on one device.
         weights: What recipes say of the set.
         tiff_from_px: Results of at least so many pixels are BigTIFF; None: all are PNG.
+        restore_faces_px: Faces of the input up to so high are restored, where the set has a network for it.
     """
 
-    def __init__(self, models: Models, *, weights: dict[str, Any], tiff_from_px: int | None = None) -> None:
+    def __init__(
+        self, models: Models, *, weights: dict[str, Any], tiff_from_px: int | None = None, restore_faces_px: int = 128
+    ) -> None:
         self.models, self.weights, self.tiff_from_px = models, weights, tiff_from_px
+        self.restore_faces_px = restore_faces_px
 
     def warm_up(self) -> None:
         """Load what requests need, with and without a creativity."""
@@ -90,14 +97,40 @@ class CrystalUpscaler:
             passes = plan_passes(picture.width, picture.height, params, size)
         check_memory(picture.width, picture.height, size, needed=STREAMED_BYTES)
         started = time.perf_counter()
-        if any(one.strength for one in passes):
-            recipe = self._redraw(picture, params, size, passes, output, stages)
-        else:
-            recipe = recipe_of(NAME, picture, params, size, self.weights, **_told(passes, NO_FACES))
+        redraws = any(one.strength for one in passes)
+        family = self._family() if redraws else None
+        if family is not None:
+            needed = family.canvas.bytes_needed(size[1], size[0], pictures=0)
+            check_memory(picture.width, picture.height, size, needed=needed)
+        source = opaque(picture)
+        faces, restored = self._faces(picture, source, params, stages, redraws=redraws)
+        recipe = recipe_of(NAME, picture, params, size, self.weights, **_told(passes, faces, restored))
+        paste = partial(
+            with_faces,
+            faces=restored,
+            source=(picture.height, picture.width),
+            size=(size[1], size[0]),
+            weight=params.face_restoration,
+        )
+        content_type = self.content_type(*size)
+        if family is None:
             with stages.stage("preupscale"):
                 beat = partial(stages.beat, "preupscale")
-                bands = self.models.prestage().bands(opaque(picture), passes[0].size, beat)
-                write_picture(bands, picture, recipe, output, content_type=self.content_type(*size))
+                bands = paste(self.models.prestage().bands(source, passes[0].size, beat))
+                write_picture(bands, picture, recipe, output, content_type=content_type)
+        else:
+            upscale = StagedUpscale(
+                self.models.prestage(), self._style(params), stages, family=family, faces=faces
+            ).bands(source, passes)
+            deliver(
+                lambda vae: paste(upscale(vae)),
+                family.canvas.vae,
+                picture,
+                recipe,
+                output,
+                stages,
+                content_type=content_type,
+            )
         stages.timings["inference"] = time.perf_counter() - started
         return Result(
             width=size[0],
@@ -105,26 +138,31 @@ class CrystalUpscaler:
             seed=params.seed,
             timings=stages.timings,
             recipe=recipe,
-            content_type=self.content_type(*size),
+            content_type=content_type,
         )
 
-    def _redraw(
-        self,
-        picture: Picture,
-        params: Params,
-        size: tuple[int, int],
-        passes: Sequence[Pass],
-        output: BinaryIO,
-        stages: Stages,
-    ) -> dict[str, Any]:
-        """Run passes of which some have a strength, and write the picture; returns its recipe."""
-        family = self._family()
-        needed = family.canvas.bytes_needed(size[1], size[0], pictures=0)
-        check_memory(picture.width, picture.height, size, needed=needed)
+    def _faces(
+        self, picture: Picture, source: Tensor, params: Params, stages: Stages, *, redraws: bool
+    ) -> tuple[FaceMap, list[RestoredFace]]:
+        """Where faces are, if somebody wants to know, and the small ones, restored."""
+        network = self.models.face_restorer() if self.restore_faces_px and params.face_restoration else None
+        if not redraws and network is None:
+            return NO_FACES, []
         with stages.stage("faces"):
             faces = FaceMap(self._detector(picture.rgb))
-        recipe = recipe_of(NAME, picture, params, size, self.weights, **_told(passes, faces))
-        style = Style(
+            if network is None:
+                return faces, []
+            restored = restore_faces(
+                source,
+                faces.faces,
+                lambda face: network(face.to(self.models.device)),
+                max_px=self.restore_faces_px,
+                on_face=partial(stages.beat, "faces"),
+            )
+            return faces, restored
+
+    def _style(self, params: Params) -> Style:
+        return Style(
             prompt=PROMPT,
             negative_prompt=NEGATIVE_PROMPT,
             controlnet_conditioning_scale=params.controlnet_conditioning_scale,
@@ -135,11 +173,6 @@ class CrystalUpscaler:
             tile_batch=TILE_BATCH[self.models.device.type],
             face_strength=FACE_STRENGTH,
         )
-        upscale = StagedUpscale(self.models.prestage(), style, stages, family=family, faces=faces)
-        bands = upscale.bands(opaque(picture), passes)
-        content_type = self.content_type(*size)
-        deliver(bands, family.canvas.vae, picture, recipe, output, stages, content_type=content_type)
-        return recipe
 
     @cached_property
     def _detector(self) -> FaceDetector:
@@ -147,8 +180,9 @@ class CrystalUpscaler:
 
     def _family(self) -> Family:
         family = self.models.family(SD_1_5)
-        vae, multiple = family.canvas.vae.vae, family.model.size_multiple
-        return Family(family.model, Canvas(vae, size_multiple=multiple, exact_px=EXACT_PX))
+        shared, multiple = family.canvas, family.model.size_multiple
+        canvas = Canvas(shared.vae.vae, size_multiple=multiple, exact_px=EXACT_PX, noise_floor=shared.noise_floor)
+        return Family(family.model, canvas)
 
 
 def plan_output(width: int, height: int, scale: float, *, max_pixels: int) -> tuple[int, int]:
@@ -184,6 +218,10 @@ def plan_passes(width: int, height: int, params: Params, size: tuple[int, int]) 
     return passes
 
 
-def _told(passes: Sequence[Pass], faces: FaceMap) -> dict[str, Any]:
-    """What recipes tell of a run: its passes, and where the faces were found, in shares of the sides."""
-    return {"passes": [asdict(one) for one in passes], "faces": [face._asdict() for face in faces.faces]}
+def _told(passes: Sequence[Pass], faces: FaceMap, restored: Sequence[RestoredFace]) -> dict[str, Any]:
+    """What recipes tell of a run: its passes, where faces were found (in shares of the sides), how many restored."""
+    return {
+        "passes": [asdict(one) for one in passes],
+        "faces": [face._asdict() for face in faces.faces],
+        "restored_faces": len(restored),
+    }

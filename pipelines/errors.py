@@ -62,3 +62,7 @@ class CaptionFailed(PipelineError):
 
 class ModelsMissing(PipelineError):
     """The operator has not installed the models that a request needs."""
+
+
+class ModelsUnusable(PipelineError):
+    """A file that the operator has put among the models cannot be used."""

@@ -17,10 +17,11 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from diffusers import AutoencoderKL
 
+from torch import nn
 from pipelines.base_model import Networks, load_base, with_networks
 from pipelines.caption import Captioner, load_captioner
 from pipelines.ccsr import CCSR
-from pipelines.prescale import BandedPreStage, load_prestage
+from pipelines.prescale import BandedPreStage, load_prestage, network_in
 from pipelines.redraw import Canvas
 from pipelines.residency import Residency
 from pipelines.safety import SafetyChecker
@@ -32,10 +33,14 @@ from weights.fetch import WeightFile
 from weights.hub import BaseFiles
 from weights.lora import Lora, read_lora
 from weights.store import WeightStore
+from weights.restoreformer import SUFFIXES as RESTORER_SUFFIXES
+from weights.restoreformer import load_restorer
 
 T = TypeVar("T")
 
 ADAPTER_CACHE_BYTES = 2**30
+FACE_RESTORER = "face-restorer"
+"""The part of a set that holds a network for small faces."""
 """LoRA and embedding files that are kept parsed."""
 
 
@@ -179,6 +184,16 @@ class Models:
         )
 
     def lora(self, file: WeightFile) -> Lora:
+    def face_restorer(self) -> nn.Module | None:
+        """What restores small faces, where the operator has put it.
+
+        Raises:
+            ModelsUnusable: The file cannot be read.
+        """
+        if not self.store.has(FACE_RESTORER):
+            return None
+        return self.resident(FACE_RESTORER, self._load_face_restorer, FACE_RESTORER)
+
         """A LoRA file, read once."""
         return self._loras.get(file)
 
@@ -191,6 +206,10 @@ class Models:
         return self._residency.get(key, load, size_bytes=_folder_bytes(self.store.folder(part)) if part else 0)
 
     def _vae_folder(self, part: str) -> Path:
+    def _load_face_restorer(self) -> nn.Module | None:
+        network = network_in(self.store, FACE_RESTORER, load_restorer, suffixes=RESTORER_SUFFIXES)
+        return None if network is None else network.to(self.device)
+
         """A family's own VAE; without one the shared one, which among the published models is not SDXL's."""
         own = self.store.folder(f"{part}/vae")
         is_shared = not own.is_dir() and (part == "sd15" or self.store.name == "pocket")
@@ -224,4 +243,4 @@ class _Parsed(Generic[T]):
 
 
 def _folder_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.suffix in RESTORER_SUFFIXES)

@@ -144,6 +144,11 @@ class Settings(BaseSettings):
         default_factory=list,
         description="Hosts (`host` or `host:port`) fetched from although their address is private.",
     )
+    restore_faces_px: int = Field(
+        128,
+        ge=0,
+        description="Faces up to so many px high are restored where the weights have a `face-restorer`; 0, none.",
+    )
     fetch_timeout_s: float = Field(60.0, gt=0, description="Seconds that fetching an input may take in all.")
     fetch_tokens: Secrets = Field(
         default_factory=dict,

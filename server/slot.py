@@ -150,7 +150,12 @@ def load_crystal_upscaler(open_models: Callable[[], Models], device: str, settin
 
     models = open_models()
     tiff_from_px = None if settings.tiff_from_mp is None else int(settings.tiff_from_mp * 1e6)
-    pipeline = CrystalUpscaler(models, weights=models.description, tiff_from_px=tiff_from_px)
+    pipeline = CrystalUpscaler(
+        models,
+        weights=models.description,
+        tiff_from_px=tiff_from_px,
+        restore_faces_px=settings.restore_faces_px,
+    )
     limits = replace(limits_of(settings), max_output_pixels=int(settings.max_crystal_output_mp * 1e6))
 
     def render(image: bytes, params: Mapping[str, Any], output: BinaryIO, progress: Progress) -> Rendered:

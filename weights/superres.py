@@ -59,15 +59,15 @@ def load_network(file: Path) -> nn.Module:
         return _through_spandrel(file, str(error))
 
 
-def find_network(folder: Path) -> Path | None:
+def find_network(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> Path | None:
     """The one network file in a folder; None where there is none.
 
     Raises:
         UnsuitableNetwork: There are several.
     """
-    files = sorted(file for file in folder.glob("*") if file.suffix in SUFFIXES)
+    files = sorted(file for file in folder.glob("*") if file.suffix in suffixes)
     if len(files) > 1:
-        raise UnsuitableNetwork(f"Expected one network in {folder}; found {', '.join(file.name for file in files)}.")
+        raise UnsuitableNetwork(f"expected one file, found {', '.join(file.name for file in files)}.")
     return files[0] if files else None
 
 
@@ -126,8 +126,15 @@ def compact_of(tensors: Mapping[str, Tensor]) -> Compact:
         UnsuitableNetwork: It is of a variant that is not read here.
     """
     convs = sorted(int(name.split(".")[1]) for name, tensor in tensors.items() if tensor.ndim == 4)
+    if len(convs) < 2 or convs[0] != 0:
+        raise UnsuitableNetwork("The tensors are not those of a Compact network: there are not enough convolutions.")
     first, last = tensors["body.0.weight"], tensors[f"body.{convs[-1]}.weight"]
     upscale = math.isqrt(last.shape[0] // first.shape[1])
+    if first.shape[1] != 3 or last.shape[0] != 3 * upscale**2 or upscale < 1:
+        raise UnsuitableNetwork(
+            f"Expected a network from 3 channels to 3; this one has {first.shape[1]} and {last.shape[0]} before its "
+            "pixels are shuffled."
+        )
     try:
         model = Compact(
             num_in_ch=first.shape[1],
@@ -170,7 +177,10 @@ def _through_spandrel(file: Path, otherwise: str) -> nn.Module:
         import spandrel
     except ImportError as error:
         raise UnsuitableNetwork(otherwise) from error
-    descriptor: Any = spandrel.ModelLoader(device="cpu").load_from_file(file)
+    try:
+        descriptor: Any = spandrel.ModelLoader(device="cpu").load_from_file(file)
+    except Exception as error:  # spandrel raises whatever a file leads to
+        raise UnsuitableNetwork(f"{file.name} is no network that spandrel reads: {error}") from error
     if not isinstance(descriptor, spandrel.ImageModelDescriptor) or descriptor.input_channels != 3:
         raise UnsuitableNetwork(f"{file.name} does not enlarge colour pictures.")
     return _Spandrel(descriptor).eval()

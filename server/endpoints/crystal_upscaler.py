@@ -4,6 +4,7 @@
 |----------------|----------------------------------------------------------------------------------------|
 | `scale_factor` | `scale`                                                                                |
 | `creativity` c | `strength` 0.10 + 0.045 c and `controlnet_conditioning_scale` 1 - 0.04 c; c = 0 is 0, 1 |
+|                | `face_restoration` 1 - 0.06 c                                                          |
 
 fal has no seed here: equal requests give equal pictures.
 """
@@ -20,7 +21,7 @@ from server.endpoints.fields import Text
 from server.schemas import Image, stored_image
 
 LEAST_STRENGTH, STRENGTH_PER_CREATIVITY = 0.10, 0.045
-CONTROL_LOSS_PER_CREATIVITY = 0.04
+CONTROL_LOSS_PER_CREATIVITY, FACE_LOSS_PER_CREATIVITY = 0.04, 0.06
 
 
 class CrystalUpscalerInput(BaseModel):
@@ -59,6 +60,7 @@ def translate(parsed: CrystalUpscalerInput) -> Job:
             "scale": float(parsed.scale_factor),
             "strength": LEAST_STRENGTH + STRENGTH_PER_CREATIVITY * creativity if creativity else 0.0,
             "controlnet_conditioning_scale": 1 - CONTROL_LOSS_PER_CREATIVITY * creativity,
+            "face_restoration": 1 - FACE_LOSS_PER_CREATIVITY * creativity,
         },
         "image": parsed.image_url,
         "warnings": [],

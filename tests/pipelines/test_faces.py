@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from skimage import data
 
-from pipelines.faces import Box, FaceMap, grouped, load_detector
+from pipelines.faces import Box, FaceMap, _Found, _Window, distinct, load_detector
 from pipelines.samplers import NoiseSampler, ProtectingSampler
 from pipelines.schedules import sigma_ramp
 from pipelines.tiling import Tile, blend_weights, fit_grid, surround
@@ -29,11 +29,42 @@ def test_the_builtin_cascade_finds_a_portraits_face(pocket: WeightStore) -> None
     assert detect(Image.new("RGB", (20, 400))) == []
 
 
-def test_windows_that_agree_become_one_face() -> None:
-    """Single hits are noise; neighbours are averaged."""
-    windows = [(10.0, 10.0, 24.0), (12.0, 10.0, 24.0), (11.0, 13.0, 26.0), (11.0, 11.0, 26.0), (90.0, 90.0, 24.0)]
+@pytest.mark.parametrize("side", [128, 192, 320, 768])
+def test_faces_of_all_sizes_are_found_in_the_same_place(pocket: WeightStore, side: int) -> None:
+    """From 20 px between forehead and chin on, within a twentieth of the face's place in the large picture."""
+    portrait = Image.fromarray(data.astronaut()).resize((side, side), Image.Resampling.LANCZOS)
 
-    assert grouped(windows) == [pytest.approx((11.0, 11.0, 25.0))]
+    (face,) = load_detector(pocket)(portrait)
+
+    assert face == pytest.approx((0.13, 0.34, 0.32, 0.53), abs=0.02)
+
+
+def test_a_small_face_in_a_large_picture_is_found(pocket: WeightStore) -> None:
+    """Thirty pixels high in a photograph of a thousand, and nothing else there is taken for one."""
+    scene = Image.open("tests/photos/shuttle.png").convert("RGB").resize((1000, 781))
+    scene.paste(Image.fromarray(data.astronaut()).resize((160, 160)), (700, 600))
+
+    (face,) = load_detector(pocket)(scene)
+
+    assert face.top * 781 == pytest.approx(600 + 0.13 * 160, abs=6)
+    assert face.left * 1000 == pytest.approx(700 + 0.34 * 160, abs=6)
+
+
+@pytest.mark.parametrize("name", ["tests/photos/ceiling.png", "weights/pocket/photos/chapel.png"])
+def test_ornament_is_not_taken_for_faces(pocket: WeightStore, name: str) -> None:
+    """Where no face is, the fine scan does not confirm what the coarse one took for one."""
+    assert load_detector(pocket)(Image.open(name).convert("RGB").reduce(2)) == []
+
+
+def test_windows_over_each_other_are_one_face() -> None:
+    """The one with the most votes stays; its neighbour at another place does too."""
+    found = [
+        _Found(17, _Window(10.0, 10.0, 24.0)),
+        _Found(22, _Window(12.0, 10.0, 26.0)),
+        _Found(18, _Window(12.0, 60.0, 24.0)),
+    ]
+
+    assert distinct(found) == [_Window(12.0, 10.0, 26.0), _Window(12.0, 60.0, 24.0)]
 
 
 def test_boxes_and_masks_have_a_margin_and_stay_inside() -> None:

@@ -61,6 +61,7 @@ def test_crystal_creativity_is_strength_and_control(creativity: float, strength:
         "scale": 16.0,
         "strength": pytest.approx(strength),
         "controlnet_conditioning_scale": pytest.approx(control),
+        "face_restoration": pytest.approx(1 - 0.06 * creativity),
     }
     assert CRYSTAL.job(CRYSTAL.parse(payload)) == job
 
