@@ -56,6 +56,15 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def _are_networks(names: list[str]) -> list[str]:
+    for name in names:
+        try:
+            ipaddress.ip_network(name, strict=False)
+        except ValueError as error:
+            raise ValueError(f"expected addresses or networks such as 10.0.0.0/8, got {name!r}") from error
+    return names
+
+
 def _pairs(value: Any) -> Any:
     if not isinstance(value, str) or value.lstrip().startswith("{"):
         return json.loads(value) if isinstance(value, str) else value
@@ -86,7 +95,7 @@ class Settings(BaseSettings):
         default_factory=list, description="More names for our certificate, such as this service's in a compose network."
     )
     public_url: BaseURL | None = Field(None, description="Base of the URLs in answers; else taken from the request.")
-    trusted_proxies: Names = Field(
+    trusted_proxies: Annotated[Names, AfterValidator(_are_networks)] = Field(
         default_factory=list, description="Addresses or networks whose X-Forwarded-Proto/-Host are believed."
     )
     api_keys: Names = Field(default_factory=list, description="Keys that callers must present; none leaves it open.")
@@ -135,6 +144,11 @@ class Settings(BaseSettings):
         gt=0,
         description="Results of crystal-upscaler from so many megapixels on are BigTIFF; unset, none.",
     )
+    restore_faces_px: int = Field(
+        128,
+        ge=0,
+        description="Faces up to so many px high are restored where the weights have a `face-restorer`; 0, none.",
+    )
     clarity_loras: Names = Field(
         default_factory=list,
         description="Detail LoRAs of clarity-upscaler, each a safetensors file or `file:weight`.",
@@ -143,11 +157,6 @@ class Settings(BaseSettings):
     fetch_allow_hosts: Names = Field(
         default_factory=list,
         description="Hosts (`host` or `host:port`) fetched from although their address is private.",
-    )
-    restore_faces_px: int = Field(
-        128,
-        ge=0,
-        description="Faces up to so many px high are restored where the weights have a `face-restorer`; 0, none.",
     )
     fetch_timeout_s: float = Field(60.0, gt=0, description="Seconds that fetching an input may take in all.")
     fetch_tokens: Secrets = Field(

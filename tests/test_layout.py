@@ -120,11 +120,3 @@ def test_readme_lists_every_setting_and_endpoint() -> None:
 
     assert not [row for row in settings_rows() if row not in readme]
     assert not [endpoint for endpoint in ENDPOINTS if f"`{endpoint}`" not in readme]
-
-
-def test_docker_image_and_makefile_install_alike() -> None:
-    """The image is built with the Makefile's own install target, so the two cannot drift apart."""
-    dockerfile = (ROOT / "Dockerfile").read_text()
-
-    assert "make install" in dockerfile
-    assert "pip install" not in dockerfile

@@ -52,6 +52,12 @@ def test_a_misspelt_setting_in_the_file_is_an_error(tmp_path: Path) -> None:
         Settings(data=tmp_path)
 
 
+def test_a_proxy_that_is_no_address_is_an_error(tmp_path: Path) -> None:
+    """Said at start, not by every request."""
+    with pytest.raises(ValidationError, match="such as 10.0.0.0/8, got 'nginx'"):
+        Settings(data=tmp_path, trusted_proxies=["127.0.0.1", "nginx"])
+
+
 @pytest.mark.parametrize(("given", "missing"), [("tls_cert", "tls_key"), ("tls_key", "tls_cert")])
 def test_half_a_certificate_is_an_error(tmp_path: Path, given: str, missing: str) -> None:
     """An operator who forgot one of the two must not be served with a certificate of ours."""
