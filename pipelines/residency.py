@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -87,6 +88,7 @@ class Residency:
     """
 
     def __init__(self, device: torch.device, *, device_bytes: int, host_bytes: int) -> None:
+        self._is_apart = device.type != "cpu"
         self.device, self._budgets = device, {Level.DEVICE: device_bytes, Level.HOST: host_bytes}
         self._residents: dict[str, _Resident] = {}
         self._in_use: set[str] = set()
@@ -109,16 +111,13 @@ class Residency:
             resident = self._residents.get(key)
             if resident is None:
                 self._make_room(Level.DEVICE, size_bytes)
-                started = time.perf_counter()
-                thing = load()
-                modules = modules_in(thing)
-                resident = _Resident(thing, modules, _bytes_of(modules), time.perf_counter() - started)
+                resident = self._brought(lambda: self._loaded(load))
                 self._residents[key] = resident
                 self.counts.loads += 1
                 self.counts.load_s += resident.load_s
             elif resident.level is Level.HOST:
                 self._make_room(Level.DEVICE, resident.size_bytes)
-                self._raise(resident)
+                self._brought(partial(self._raise, resident))
                 self.counts.returns += 1
             resident.uses += 1
             resident.value = self._age + resident.uses * resident.load_s / max(resident.size_bytes, 1)
@@ -176,9 +175,7 @@ class Residency:
             del self._residents[key]
             self.counts.moves_to_disk += 1
         self._in_use -= set(keys)
-        gc.collect()  # modules that refer to each other hold their memory until then
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._release()
 
     def level_of(self, key: str) -> Level | None:
         """Where a model is; None when it is on disk only."""
@@ -186,12 +183,35 @@ class Residency:
         return None if resident is None else resident.level
 
     def used_bytes(self, level: Level) -> int:
-        """Bytes of the models on a level."""
-        return sum(resident.size_bytes for resident in self._residents.values() if resident.level is level)
+        """Bytes of the models on a level; in host memory also the copies of those that are on the device again."""
+        return sum(
+            resident.size_bytes
+            for resident in self._residents.values()
+            if resident.level is level or (level is Level.HOST and resident.copies)
+        )
+
+    @staticmethod
+    def _loaded(load: Callable[[], Any]) -> _Resident:
+        started = time.perf_counter()
+        thing = load()
+        modules = modules_in(thing)
+        return _Resident(thing, modules, _bytes_of(modules), time.perf_counter() - started)
+
+    def _brought(self, bring: Callable[[], T]) -> T:
+        """What `bring` brings onto the device; where it finds no room, once more when all else has been moved."""
+        try:
+            return bring()
+        except torch.OutOfMemoryError:
+            pass  # and only then: what was half loaded is held by the error
+        self._make_room(Level.DEVICE, self._budgets[Level.DEVICE])
+        self._release()
+        return bring()
 
     def _make_room(self, level: Level, size_bytes: int) -> None:
         """Move models down until so many bytes are free on a level, or only what is needed is left there."""
         while self.used_bytes(level) + size_bytes > self._budgets[level]:
+            if level is Level.HOST and self._dropped_copy():
+                continue
             movable = [
                 (resident.value, key)
                 for key, resident in self._residents.items()
@@ -202,36 +222,67 @@ class Residency:
             value, key = min(movable)
             self._age = max(self._age, value)
             resident = self._residents[key]
-            if level is Level.DEVICE and resident.size_bytes <= self._budgets[Level.HOST]:
-                self._make_room(Level.HOST, resident.size_bytes)
+            if level is Level.DEVICE and self._fits_into_host(resident):
                 self._lower(resident)
                 self.counts.moves_to_host += 1
             else:
-                del self._residents[key]
                 del resident
-                self.counts.moves_to_disk += 1
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
+                self._forget([key])
+
+    def _fits_into_host(self, resident: _Resident) -> bool:
+        """Whether there is room for a model in host memory, once others have made way."""
+        if resident.copies:
+            return True
+        if resident.size_bytes > self._budgets[Level.HOST]:
+            return False
+        self._make_room(Level.HOST, resident.size_bytes)
+        return self.used_bytes(Level.HOST) + resident.size_bytes <= self._budgets[Level.HOST]
+
+    def _dropped_copy(self) -> bool:
+        """Let go of the host's copy of the least valuable model that is on the device; False if there is none."""
+        spare = [
+            resident for resident in self._residents.values() if resident.level is Level.DEVICE and resident.copies
+        ]
+        if not spare:
+            return False
+        min(spare, key=lambda resident: resident.value).copies.clear()
+        return True
 
     def _lower(self, resident: _Resident) -> None:
-        """Move a model to host memory; its copy there is pinned, so that it comes back at the speed of the bus."""
+        """Move a model to host memory."""
+        if self._is_apart:
+            for tensor in _tensors_of(resident.modules):
+                if id(tensor) not in resident.copies:
+                    resident.copies[id(tensor)] = host_copy(tensor.data)
+                tensor.data = resident.copies[id(tensor)]
         resident.level = Level.HOST
-        if self.device.type == "cpu":
-            return
-        for tensor in _tensors_of(resident.modules):
-            copy = resident.copies.get(id(tensor))
-            if copy is None:
-                copy = torch.empty_like(tensor.data, device="cpu", pin_memory=True)
-                copy.copy_(tensor.data)
-                resident.copies[id(tensor)] = copy
-            tensor.data = copy
 
     def _raise(self, resident: _Resident) -> None:
-        """Move a model to the device; where that fails half-way, the next request tries again."""
-        if self.device.type != "cpu":
-            for tensor in _tensors_of(resident.modules):
-                tensor.data = tensor.data.to(self.device, non_blocking=True)
+        """Move a model to the device, all of it or nothing."""
+        if self._is_apart:
+            try:
+                for tensor in _tensors_of(resident.modules):
+                    tensor.data = tensor.data.to(self.device, non_blocking=True)
+            except BaseException:
+                self._lower(resident)
+                raise
         resident.level = Level.DEVICE
+
+    def _release(self) -> None:
+        """Give the device back what nobody holds any more; modules that refer to each other hold their memory."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def host_copy(tensor: Tensor) -> Tensor:
+    """A copy in host memory: pinned, so that it comes back at the speed of the bus, where the system allows it."""
+    try:
+        copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        copy.copy_(tensor)
+        return copy
+    except (RuntimeError, NotImplementedError):
+        return tensor.to("cpu", copy=True)
 
 
 def modules_in(thing: Any) -> list[nn.Module]:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import copy
+import shutil
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
-from pipelines.residency import Level, Residency, modules_in
+from pipelines.creative_upscaler import CreativeUpscaler, Params
+from pipelines.models import Models
+from pipelines.residency import Level, Residency, host_copy, modules_in
+from tests.conftest import png_bytes
+from tests.pipelines.test_creative_upscaler import DEFAULTS, UNLIMITED
+from weights.store import WeightStore
 
 KB = 1024
 
@@ -113,24 +123,152 @@ def test_a_load_that_fails_leaves_nothing(disk: Disk) -> None:
     assert disk.reads == {"a": 1}
 
 
-def test_a_move_that_fails_half_way_is_made_again(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that found no room on the device is not taken for one that is there."""
-    residency = small(15, 100)
-    use(residency, disk, "a")
-    use(residency, disk, "b")
+def apart(device_kb: int, host_kb: int) -> Residency:
+    """As on a GPU: host memory holds copies. The device is this machine's own memory, all else is the real thing."""
+    residency = small(device_kb, host_kb)
+    residency._is_apart = True
+    return residency
 
-    def full(modules: Any) -> Any:
-        raise RuntimeError("out of memory")
+
+def test_a_move_that_fails_half_way_is_undone_and_made_again(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that found no room on the device holds nothing there, and is not taken for one that is there."""
+    residency = apart(25, 100)
+
+    def two(key: str) -> nn.Module:
+        module = disk.load(key, 10)
+        module.register_buffer("more", torch.ones(10))
+        return module
+
+    with residency.request("x"):
+        model = residency.get("a", lambda: two("a"))
+    use(residency, disk, "b", size_kb=20)
+    assert residency.level_of("a") is Level.HOST
+    copies = {id(copy) for copy in residency._residents["a"].copies.values()}
+    moves = iter([model.numbers.clone()])
+    real = torch.Tensor.to
+
+    def full(tensor: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        if options.get("non_blocking"):
+            for moved in moves:
+                return moved
+            raise RuntimeError("CUDA error: out of memory")
+        return real(tensor, *args, **options)
 
     with monkeypatch.context() as broken:
-        broken.setattr(residency, "device", torch.device("meta"))
-        broken.setattr("pipelines.residency._tensors_of", full)
-        with pytest.raises(RuntimeError):
-            use(residency, disk, "a")
+        broken.setattr(torch.Tensor, "to", full)
+        with residency.request("x"), pytest.raises(RuntimeError):
+            residency.get("a", lambda: pytest.fail("is in host memory"))
 
     assert residency.level_of("a") is Level.HOST
+    assert {model.numbers.data_ptr(), model.more.data_ptr()} == {
+        copy.data_ptr() for copy in residency._residents["a"].copies.values() if id(copy) in copies
+    }
     use(residency, disk, "a")
     assert residency.level_of("a") is Level.DEVICE and disk.reads["a"] == 1
+
+
+def test_copies_in_host_memory_count_there(disk: Disk) -> None:
+    """A copy stays good when its model is on the device, but goes before it takes the room of another."""
+    residency = apart(15, 15)
+    (first,) = use(residency, disk, "a")
+    before = first.numbers.clone()
+
+    use(residency, disk, "b")
+    use(residency, disk, "a")
+
+    assert residency.used_bytes(Level.HOST) <= 15 * KB
+    assert residency.level_of("b") in (Level.HOST, None)
+    assert torch.equal(first.numbers, before)
+    for _ in range(3):
+        use(residency, disk, "b")
+        use(residency, disk, "a")
+        assert residency.used_bytes(Level.HOST) <= 15 * KB and residency.used_bytes(Level.DEVICE) <= 15 * KB
+
+
+def test_host_memory_is_never_exceeded_for_what_is_waited_for(disk: Disk) -> None:
+    """Where the host's models must stay, the next one from the device goes to disk."""
+    residency = small(15, 12)
+    use(residency, disk, "queued", kind="queued")
+    use(residency, disk, "b")
+    assert residency.level_of("queued") is Level.HOST
+    residency.expect(["queued"])
+
+    use(residency, disk, "c")
+
+    assert residency.level_of("queued") is Level.HOST and residency.level_of("b") is None
+    assert residency.used_bytes(Level.HOST) <= 12 * KB
+
+
+def test_memory_that_cannot_be_pinned_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Systems limit how much memory is pinned; a plain copy comes back more slowly."""
+    if torch.cuda.is_available():
+        monkeypatch.setattr(torch, "empty_like", lambda *_, **__: pytest.raises(RuntimeError))
+    tensor = torch.randn(2, 8, 3, 3).to(memory_format=torch.channels_last)
+
+    copied = host_copy(tensor)
+
+    assert torch.equal(copied, tensor) and copied.data_ptr() != tensor.data_ptr() and not copied.is_pinned()
+    assert copied.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_load_without_room_is_made_again_when_all_else_has_gone(disk: Disk) -> None:
+    """Budgets are estimates: what runs out of memory gets all that may go, once, but nothing that is waited for."""
+    residency = small(100, 100)
+    use(residency, disk, "queued", kind="queued")
+    use(residency, disk, "other")
+    residency.expect(["queued"])
+    tries: list[int] = []
+
+    def load() -> nn.Module:
+        tries.append(residency.used_bytes(Level.DEVICE))
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return disk.load("large", 10)
+
+    with residency.request("x"):
+        residency.get("large", load)
+
+    assert tries == [20 * KB, 10 * KB]
+    assert (residency.level_of("queued"), residency.level_of("other")) == (Level.DEVICE, Level.HOST)
+
+    def never() -> nn.Module:
+        tries.append(0)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with residency.request("x"), pytest.raises(torch.OutOfMemoryError):
+        residency.get("huge", never)
+    assert len(tries) == 4 and residency.level_of("huge") is None
+
+
+def test_a_displaced_family_comes_back_without_its_files(
+    pocket: WeightStore, tmp_path: Path, photo_crop: Image.Image
+) -> None:
+    """With nothing left in its files, what waited in host memory makes the same picture as before."""
+    root = tmp_path / "weights"
+    for part in ("vae", "sd15", "controlnet-tile-sd15", "sdxl", "controlnet-tile-sdxl", "upscaler-compact-x2"):
+        shutil.copytree(pocket.folder(part), root / part)
+    residency = Residency(torch.device("cpu"), device_bytes=1, host_bytes=10**9)
+    residency._is_apart = True
+    models = Models(replace(pocket, root=root), torch.device("cpu"), residency)
+    params = Params(**(DEFAULTS | {"num_inference_steps": 1, "scale": 1.0}))
+    pipeline, image = CreativeUpscaler(models, weights={}), png_bytes(photo_crop.crop((0, 0, 48, 48)))
+
+    def made(family: str) -> bytes:
+        output = BytesIO()
+        with models.request(family):
+            wanted = replace(params, family=family)
+            pipeline(image, wanted, limits=UNLIMITED, output=output, progress=lambda report: None)
+        return output.getvalue()
+
+    first = made("SD_1_5")
+    made("SDXL")
+    assert residency.level_of("SD_1_5") is Level.HOST
+    for file in [path for path in root.rglob("*") if path.is_file()]:
+        file.unlink()  # not emptied in place: on a CPU weights may be pages of their file
+        file.touch()
+
+    assert made("SD_1_5") == first
+    assert residency.counts.returns > 0
 
 
 def test_modules_are_found_where_pipelines_keep_them() -> None:
