@@ -1,4 +1,4 @@
-"""The command line: `serve`, `run`, `weights`, `env`, `doctor`, those of `operate`, and hidden ones, a server's roles."""
+"""The command line: `serve`, `run`, `weights`, `env`, `doctor`, `operate`, and hidden commands, a server's roles."""
 
 from __future__ import annotations
 
@@ -108,21 +108,36 @@ def read_settings(**overrides: Any) -> Settings:
     return Settings(**{name: value for name, value in overrides.items() if value is not None})
 
 
-def configure_logging(settings: Settings) -> None:
-    """Log to standard error: lines for people at a terminal, JSON otherwise."""
+def configure_logging(settings: Settings, role: str = "") -> None:
+    """Log to standard error: lines for people at a terminal, JSON otherwise, those of other libraries included."""
     is_terminal = sys.stderr.isatty()
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=not is_terminal),
-            *([] if is_terminal else [structlog.processors.format_exc_info]),
-            structlog.dev.ConsoleRenderer() if is_terminal else structlog.processors.JSONRenderer(),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[settings.log_level.upper()]),
-        # typeshed keeps TextIO apart from the classes of io that have its methods.
-        logger_factory=structlog.PrintLoggerFactory(typing.cast(TextIO, LogStream(sys.stderr))),
+    level = logging.getLevelNamesMapping()[settings.log_level.upper()]
+    stream = typing.cast(TextIO, LogStream(sys.stderr))  # typeshed keeps TextIO apart from io's classes
+
+    def add_role(logger: Any, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        return {**event, "role": role} if role else event
+
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=not is_terminal),
+        add_role,
+    ]
+    last: list[structlog.typing.Processor] = (
+        [structlog.dev.ConsoleRenderer()]
+        if is_terminal
+        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     )
+    structlog.configure(
+        processors=[*shared, *last],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(stream),
+    )
+    handler = logging.StreamHandler(stream)
+    cleaned = [structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last]
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=cleaned))
+    logging.basicConfig(level=max(level, logging.WARNING), handlers=[handler], force=True)
+    logging.captureWarnings(True)
 
 
 class LogStream(io.TextIOBase):
@@ -173,7 +188,7 @@ def serve(
         slots=slots,
         allow_unauthenticated=allow_unauthenticated,
     )
-    configure_logging(settings)
+    configure_logging(settings, "supervisor")
     refuse_open_door(settings)
     gpus = detect_gpus()
     store = open_store(settings.weights, root=settings.full_weights_dir, has_cuda=bool(gpus))
@@ -225,7 +240,7 @@ def gateway(lifeline_fd: LifelineFd = None) -> None:
 
     from server.app import serve_gateway
 
-    settings = start_role(lifeline_fd)
+    settings = start_role(lifeline_fd, "gateway")
     run_role(serve_gateway(settings), uvloop.new_event_loop)
 
 
@@ -233,7 +248,7 @@ def dispatcher(slots: Annotated[str, typer.Option()] = "0", lifeline_fd: Lifelin
     """Give requests to slots and record how they end."""
     from server.dispatcher import serve_dispatcher
 
-    settings = start_role(lifeline_fd)
+    settings = start_role(lifeline_fd, "dispatcher")
     run_role(serve_dispatcher(settings, slots.split(",")))
 
 
@@ -245,7 +260,7 @@ def slot(
     """Own a device and run pipelines on it."""
     from server.slot import DeviceUnusable, serve_slot
 
-    settings = start_role(lifeline_fd)
+    settings = start_role(lifeline_fd, f"slot-{slot_id}")
     # When memory runs out the kernel shall end the process that used it, not the ones that answer for it.
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("500")
@@ -259,12 +274,12 @@ def slot(
     os._exit(0)
 
 
-def start_role(lifeline_fd: int | None) -> Settings:
+def start_role(lifeline_fd: int | None, role: str) -> Settings:
     """What every role does first; its settings come from the environment that the supervisor made."""
     if lifeline_fd is not None:
         lifeline.exit_when_cut(lifeline_fd)
     settings = read_settings()
-    configure_logging(settings)
+    configure_logging(settings, role)
     settings.make_folders()
     return settings
 

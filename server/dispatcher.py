@@ -332,16 +332,16 @@ class Dispatcher:
             await self._ledger.requeue(request_id, token)
             log.warning("request_requeued", request_id=request_id, attempts=row.attempt)
         for suffix in OUTPUT_SUFFIXES.values():
-            self._in_background(self._remove(output_key(request_id, token, suffix)))
+            self._in_background(self._remove(request_id, output_key(request_id, token, suffix)))
         ring(self._settings.run_dir, "dispatcher")
         self._tell_gateway()
 
-    async def _remove(self, key: str) -> None:
+    async def _remove(self, request_id: str, key: str) -> None:
         """Delete what a lost attempt may have stored before it could say so."""
         try:
             await self._storage.delete(key)
         except Exception as error:
-            log.warning("file_not_deleted", key=key, reason=str(error))
+            log.warning("file_not_deleted", request_id=request_id, key=key, reason=str(error))
 
     async def _stop_cancelled(self) -> None:
         """Ask the runs of cancelled requests to stop, and end the slot of one that does not."""
@@ -371,7 +371,8 @@ class Dispatcher:
             if now - run.heard > self._settings.run_silence_s:
                 silent.setdefault(run.slot_id, f"its run was silent for {now - run.heard:.0f} s")
         for slot_id, reason in silent.items():
-            log.error("slot_killed", slot_id=slot_id, reason=reason)
+            request_id = next((run.request_id for run in self._runs.values() if run.slot_id == slot_id), None)
+            log.error("slot_killed", slot_id=slot_id, request_id=request_id, reason=reason)
             self._metrics.killed()
             await self._engine.kill(slot_id)
 

@@ -374,7 +374,13 @@ class SlotHost:
         Raises:
             Exception: The device reported a fault of its own; neither it nor this process can be trusted any more.
         """
-        diary = Diary(emit, is_cancelled)
+        started = time.perf_counter()
+        outcome = self._outcome(work, Diary(emit, is_cancelled))
+        duration_s = round(time.perf_counter() - started, 3)
+        log.info("run_done", request_id=work.request_id, status=outcome.status, duration_s=duration_s)
+        return outcome
+
+    def _outcome(self, work: Work, diary: Diary) -> Outcome:
         if self._models is not None:
             self._models.expect(work.queued)
         try:

@@ -41,6 +41,9 @@ LOCK_TRIES = 5
 PATIENT_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 """OpenMP's threads sleep at barriers: where others compute as well, spinning ones were measured four times slower."""
 
+QUIET_LIBRARIES = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
+"""They write lines of their own into our log, at import, about what is as it should be."""
+
 log = structlog.get_logger()
 
 
@@ -124,11 +127,16 @@ def plan_roles(settings: Settings, slots: Sequence[SlotSpec]) -> list[Role]:
             Role(
                 name=f"slot-{slot.id}",
                 argv=[*python, "slot", slot.id, "--device", slot.device],
-                env=env | (PATIENT_THREADS if slot.gpu is None else {"CUDA_VISIBLE_DEVICES": slot.gpu}),
+                env=env | QUIET_LIBRARIES | device_environment(slot),
             )
             for slot in slots
         ),
     ]
+
+
+def device_environment(slot: SlotSpec) -> dict[str, str]:
+    """What shows a slot its device alone."""
+    return PATIENT_THREADS if slot.gpu is None else {"CUDA_VISIBLE_DEVICES": slot.gpu}
 
 
 def server_file(settings: Settings) -> Path:

@@ -20,7 +20,7 @@ from tests.server.fake_pipeline import PIPELINES
 def serve() -> int:
     """The supervisor, with the slots' commands pointing here."""
     settings = Settings()
-    configure_logging(settings)
+    configure_logging(settings, "supervisor")
     roles = [
         replace(role, argv=[sys.executable, "-m", __spec__.name, *role.argv[3:]]) if "slot-" in role.name else role
         for role in plan_roles(settings, [SlotSpec(id="0", gpu=None)])
@@ -31,7 +31,7 @@ def serve() -> int:
 
 def slot(slot_id: str, lifeline_fd: int) -> None:
     """A slot whose table of pipelines is the fake one."""
-    settings = start_role(lifeline_fd)
+    settings = start_role(lifeline_fd, f"slot-{slot_id}")
     run_role(serve_slot(settings, slot_id, "cpu", PIPELINES))
     os._exit(0)
 

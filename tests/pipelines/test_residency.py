@@ -302,3 +302,32 @@ def test_weights_are_the_same_after_the_way_there_and_back() -> None:
         assert on_device.weight.is_pinned() and on_device.weight.is_contiguous(memory_format=torch.channels_last)
 
     assert all(torch.equal(tensor.cpu(), before[name]) for name, tensor in on_device.state_dict().items())
+
+
+def test_what_one_kind_of_requests_alone_used_is_dropped(disk: Disk) -> None:
+    """What is shared stays until the last kind that used it is dropped; all is told, with who used it."""
+    residency = small(100, 100)
+    use(residency, disk, "a", "shared", kind="first x")
+    use(residency, disk, "b", "shared", kind="second")
+    before = {holding.key: (holding.users, holding.size_bytes) for holding in residency.holdings()}
+
+    dropped = [residency.drop(lambda kind, name=name: kind.startswith(name)) for name in ("first", "first", "second")]  # type: ignore[misc]
+
+    assert before["shared"] == (("first x", "second"), 10 * KB) and before["a"] == (("first x",), 10 * KB)
+    assert [sorted(keys) for keys in dropped] == [["a"], [], ["b", "shared"]]
+    assert residency.holdings() == [] and residency.used_bytes(Level.DEVICE) == 0
+    assert (residency.counts.loads, residency.counts.moves_to_disk) == (3, 3)
+
+
+def test_everything_is_dropped_and_comes_back(disk: Disk) -> None:
+    """After that nothing is held, wherever it was, and the next request loads what it wants."""
+    residency = small(15, 100)
+    use(residency, disk, "a")
+    use(residency, disk, "b")
+    moved = residency.counts.moves_to_host
+
+    dropped = residency.drop_all()
+    use(residency, disk, "a")
+
+    assert sorted(dropped) == ["a", "b"] and moved == 1
+    assert [holding.key for holding in residency.holdings()] == ["a"] and disk.reads == {"a": 2, "b": 1}

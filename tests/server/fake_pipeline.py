@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, BinaryIO
 
 from PIL import Image
@@ -79,12 +80,18 @@ def decode(data: bytes) -> Image.Image:
         raise ImageLoadError("Failed to load the image.") from error
 
 
-def load_fake(open_models: Callable[[], object], device: str, settings: Settings) -> Loaded:
-    """For the slot's table of pipelines; `FAKE_STEP_S` sets the seconds of a step, and of its warming up."""
+def load_fake(name: str, open_models: Callable[[], object], device: str, settings: Settings) -> Loaded:
+    """For the slot's table of pipelines; `FAKE_STEP_S` sets the seconds of a step, and of its warming up.
+
+    The one that `FAKE_BROKEN` names cannot be loaded, while there is a file `broken` in the data folder.
+    """
+    if os.environ.get("FAKE_BROKEN") == name and (settings.data / "broken").exists():
+        raise OSError("a file of its weights is cut off")
     step_s = float(os.environ.get("FAKE_STEP_S", "0.001"))
     return Loaded(FakePipeline(step_s), lambda: time.sleep(step_s))
 
 
-PIPELINES = dict.fromkeys(
-    ("creative_upscaler", "clarity_upscaler", "crystal_upscaler", "flux_vision_upscaler"), load_fake
-)
+PIPELINES = {
+    name: partial(load_fake, name)
+    for name in ("creative_upscaler", "clarity_upscaler", "crystal_upscaler", "flux_vision_upscaler")
+}

@@ -21,6 +21,7 @@ from server.settings import Settings
 from server.slot import DeviceUnusable, Diary, LocalRun, NotMade, SlotHost, line_of, outcome_of
 from server.storage import Storage
 from tests.server.fake_pipeline import PIPELINES
+from weights.store import WeightStore
 
 ENDPOINT = "fal-ai/creative-upscaler"
 
@@ -174,6 +175,31 @@ def test_a_gpu_that_torch_cannot_use_is_named(settings: Settings, tmp_path: Path
 
     with pytest.raises(DeviceUnusable, match="CUDA build"):
         host.load()
+
+
+def test_an_endpoint_without_weights_spoils_no_other(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not served, and says what is missing and how to get it; once its files are there, it works."""
+    flux, missing = "fal-ai/flux-vision-upscaler", ["flux2-klein-4b/model_index.json", "flux2-klein-4b/x"]
+    monkeypatch.setattr(WeightStore, "missing", lambda self, endpoint="", profile="": missing * (endpoint == flux))
+    host = SlotHost(settings, Storage.open(settings), tmp_path, device="cpu", pipelines=PIPELINES)
+    Storage.open(settings)._put("in/picture", png())
+    payload = ENDPOINTS[flux].parse({"image_url": "blob:in/picture"})
+    task = Work(request_id="r2", endpoint=flux, token="t2", job=dict(ENDPOINTS[flux].job(payload)))
+    host.load()
+    report = host.report()
+
+    refused, served = run(host, task)[0], run(host, work())[0]
+    missing.clear()
+
+    assert set(PIPELINES) - set(report.serves) == {"flux_vision_upscaler"}
+    assert report.failed["flux_vision_upscaler"] == (
+        "The pocket weights lack flux2-klein-4b/model_index.json and 1 more; get them with "
+        f"`creative-upscaler weights pull {flux}`."
+    )
+    assert (refused.status, served.status) == (500, 200) and "weights pull" in str(refused.body)
+    assert run(host, task)[0].status == 200 and host.report().failed == {}
 
 
 def test_reports_become_lines() -> None:
