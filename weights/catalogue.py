@@ -411,6 +411,7 @@ _ALL = (
             *tokenizer("tokenizer"),
             *network("vae"),
             SCHEDULER,
+            File("model_index.json", optional=True),
         ),
         size_bytes=int(15.9 * GB),
         license="Apache-2.0",
