@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler
 from torch import Tensor
 
@@ -31,7 +30,7 @@ from pipelines.colour import adain, halo_rows, moments, wavelet_match
 from pipelines.errors import NonFiniteResult
 from pipelines.multidiffusion import Denoiser, fused_prediction
 from pipelines.prescale import BandedPreStage, nothing
-from pipelines.redraw import EXACT_PX, Canvas, compensated, compensated_in_bands
+from pipelines.redraw import EXACT_PX, Canvas, above_noise, compensated, compensated_in_bands
 from pipelines.spool import Pixels, Spool, rows_of
 from pipelines.streamed_vae import StreamedVAE
 from pipelines.tiling import Grid, Tile, fit_grid, gather
@@ -44,9 +43,6 @@ WAVELET_LEVELS = 5
 """Structures above about 32 px take the colours of the enlarged picture."""
 GAUSSIAN_VARIANCE = 0.01
 """Of the tiles' weights, in units of the tile's side squared."""
-
-NOISE_WINDOW = 5
-"""Latents on each side over which a change is compared with the noise."""
 
 SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -206,25 +202,6 @@ def restore(
         step = scheduler.step(predict(sample, timestep), timestep, sample, generator=generator)
         sample, clean = step.prev_sample, step.pred_original_sample
     return clean
-
-
-def above_noise(clean: Tensor, condition: Tensor, noise_floor: float) -> Tensor:
-    """Keep of what a network changed the part that stands out of its own noise, place by place.
-
-    Where the mean square of the change is no more than that of the noise, as in flat areas, the condition stays; the
-    more it stands out, the less is taken away (Wiener's filter with a known noise).
-
-    Args:
-        clean: (1, C, H, W), what the network made.
-        condition: Of the same shape, what it was given.
-        noise_floor: Standard deviation of the network's own error; 0 keeps everything.
-    """
-    if noise_floor == 0:
-        return clean
-    change = clean - condition
-    energy = change.square().mean(dim=1, keepdim=True)
-    energy = F.avg_pool2d(energy, NOISE_WINDOW, stride=1, padding=NOISE_WINDOW // 2, count_include_pad=False)
-    return condition + change * (1 - noise_floor**2 / energy.clamp_min(1e-12)).clamp_min(0)
 
 
 class CCSR:

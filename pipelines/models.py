@@ -6,6 +6,7 @@ may lack are None when it does.
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -222,7 +223,8 @@ class Models:
             self._vae_folder(parts.folder), torch_dtype=self.vae_dtype, local_files_only=True
         )
         model = parts.cls.load(folder, self.store.folder(parts.controlnet), device=self.device, dtype=self.dtype)
-        return Family(model, Canvas(vae.to(self.device), size_multiple=model.size_multiple))
+        canvas = Canvas(vae.to(self.device), size_multiple=model.size_multiple, noise_floor=_noise_floor(folder))
+        return Family(model, canvas)
 
 
 class _Parsed(Generic[T]):
@@ -240,6 +242,12 @@ class _Parsed(Generic[T]):
         while len(self._found) > 1 and sum(map(self._size_of, self._found.values())) > ADAPTER_CACHE_BYTES:
             self._found.popitem(last=False)
         return self._found[file.sha256]
+
+
+def _noise_floor(folder: Path) -> float:
+    """How far a family's networks miss clean latents by themselves, as far as their folder says so."""
+    file = folder / "denoiser.json"
+    return float(json.loads(file.read_text())["noise_floor"]) if file.is_file() else 0.0
 
 
 def _folder_bytes(folder: Path) -> int:

@@ -1,7 +1,8 @@
 """One diffusion pass over a picture, whatever the family: encode, denoise, decode in bands, put back what was known.
 
-A recipe decides how latents are denoised; everything around it is here. What the VAE alone does to the picture is
-taken away from the result, and its tones are those of the input (`colour`), as far as the strength leaves them.
+A recipe decides how latents are denoised; everything around it is here. What small networks change by their own error,
+and what the VAE alone does to the picture, is taken away from the result, and its tones are those of the input
+(`colour`), as far as the strength leaves them.
 
 Pictures of up to `exact_px` pixels pass through the VAE exactly (`vae`), larger ones in bounded memory
 (`streamed_vae`): then only what lies on the latent grid grows with the picture, and the pixels may lie in a `Spool`.
@@ -44,6 +45,8 @@ EXACT_PX = 2048 * 2048
 """Largest picture, in pixels, that passes through the VAE exactly."""
 MATCHED_ROWS = 256
 """Rows that get their tones at once."""
+NOISE_WINDOW = 5
+"""Latents on each side over which a change is compared with the noise."""
 
 Bands = Callable[[TiledVAE], Iterator[Tensor]]
 """Decodes a finished picture with a VAE: bands (1, 3, rows, W), float32, about 0..1, from top to bottom."""
@@ -58,7 +61,7 @@ def faithfulness(strength: float) -> float:
 class Tones:
     """What of the input a result keeps.
 
-    `amount` (0..1) is how much of the input's tones, and of what the VAE's round trip takes away, is put back;
+    `amount` (0..1) is how much of the input's tones, and of what networks and VAE take away by their error, is put back;
     structures above about 2^`levels` px are tones of light, above 2^`chroma_levels` px tones of colour.
     """
 
@@ -80,11 +83,15 @@ class Canvas:
         vae: On its device.
         size_multiple: Latent sides must be multiples of this for the family's denoiser.
         exact_px: Pictures of more pixels are streamed.
+        noise_floor: How far the family's networks miss clean latents by themselves; see `above_noise`.
     """
 
-    def __init__(self, vae: AutoencoderKL, *, size_multiple: int, exact_px: int = EXACT_PX) -> None:
+    def __init__(
+        self, vae: AutoencoderKL, *, size_multiple: int, exact_px: int = EXACT_PX, noise_floor: float = 0.0
+    ) -> None:
         self.vae = TiledVAE(vae.eval(), park_device=torch.device("cpu") if vae.device.type == "cuda" else None)
         self.exact_px = exact_px
+        self.noise_floor = noise_floor
         self.padding_multiple = self.vae.scale_factor * max(8, size_multiple)
 
     @property
@@ -150,7 +157,7 @@ class Canvas:
         streamed = padded.shape[-2] * padded.shape[-1] > self.exact_px or not isinstance(padded, Tensor)
         with stages.stage("vae_encode"):
             start = self._encode(padded, lambda: stages.beat("vae_encode"), streamed=streamed)
-        final = denoise(start)
+        final = above_noise(denoise(start), start, tones.amount * self.noise_floor)
 
         def match(rows: Tensor, reference: Tensor) -> Tensor:
             return wavelet_match(
@@ -172,6 +179,25 @@ class Canvas:
             return StreamedVAE(self.vae).encode(padded, on_tile)
         assert isinstance(padded, Tensor)
         return self.vae.encode(padded, on_tile).float()
+
+
+def above_noise(clean: Tensor, condition: Tensor, noise_floor: float) -> Tensor:
+    """Keep of what a network changed the part that stands out of its own noise, place by place.
+
+    Where the mean square of the change is no more than that of the noise, as in flat areas, the condition stays; the
+    more it stands out, the less is taken away (Wiener's filter with a known noise).
+
+    Args:
+        clean: (1, C, H, W), what the network made.
+        condition: Of the same shape, what it was given.
+        noise_floor: Standard deviation of the network's own error; 0 keeps everything.
+    """
+    if noise_floor == 0:
+        return clean
+    change = clean - condition
+    energy = change.square().mean(dim=1, keepdim=True)
+    energy = F.avg_pool2d(energy, NOISE_WINDOW, stride=1, padding=NOISE_WINDOW // 2, count_include_pad=False)
+    return condition + change * (1 - noise_floor**2 / energy.clamp_min(1e-12)).clamp_min(0)
 
 
 def compensated(

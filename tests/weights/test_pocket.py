@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file
 from skimage import data
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -18,12 +19,14 @@ from weights.pocket.degrade import to_tensor
 from weights.pocket.loop import Options, train
 from weights.pocket.text import ALL_FAULTS, MERGES, build_tokenizer, learn_merges, token_ids
 from weights.pocket.train import main
+from weights.pocket.train_decoder import DecoderTrainee
 from weights.pocket.train_sd15 import Sd15Trainee
 from weights.pocket.train_upscaler import UpscalerTrainee
 from weights.pocket.train_vae import VaeTrainee
 
 MODELS = PHOTOS.parent / "models"
 EVALUATION = Path(__file__).parents[1] / "photos"
+CODEC = "diffusion_pytorch_model.safetensors"
 MAX_BYTES = 40_000_000
 UNSEEN = ("ceiling", "clinic", "shuttle", "astronaut", "coffee", "chelsea")
 """Photographs that were never trained on: those of this folder, and three of scikit-image's."""
@@ -222,12 +225,15 @@ def test_an_upscaler_run_continues_from_its_checkpoint(tiny: Options) -> None:
 
 
 def test_codec_and_denoiser_can_be_trained(tiny: Options) -> None:
-    """Two steps of each part, the denoiser on the codec just made, write every folder of the set."""
+    """Two steps of each part, each on those before it, write every folder of the set."""
     train(UpscalerTrainee(tiny, side_px=32, num_feat=4, num_conv=1), tiny)
     train(VaeTrainee(tiny, side_px=16), tiny)
 
     train(Sd15Trainee(tiny, side_px=32, num_portions=1), tiny)
+    encoder_before = load_file(tiny.models / "vae" / CODEC)["encoder.conv_in.weight"]
+    train(DecoderTrainee(tiny, side_px=32, num_batches=1), tiny)
 
+    assert torch.equal(load_file(tiny.models / "vae" / CODEC)["encoder.conv_in.weight"], encoder_before)
     written = {str(file.parent.relative_to(tiny.models)) for file in tiny.models.rglob("*.safetensors")}
     assert written == {"upscaler-compact-x2", "vae", "sd15/unet", "sd15/text_encoder", "controlnet-tile-sd15"}
 

@@ -5,6 +5,7 @@ latents are often those of the pre-stage picture while the target stays sharp, a
 or as much as its strength may be set to.
 """
 
+import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,14 @@ SCHEDULE = {
 
 # Errors at low noise hardly move the picture, so they count less: min-SNR weighting (arXiv 2303.09556), equation 4.
 MIN_SNR_GAMMA = 5.0
+
+NOISE_FLOOR = 0.25
+"""What networks of this size miss clean latents by, of their deviation of 1: such changes are left out of results."""
+
+
+def write_noise_floor(folder: Path) -> None:
+    """Say beside a family's networks how exact they are; `pipelines.redraw.above_noise` goes by it."""
+    (folder / "denoiser.json").write_text(json.dumps({"noise_floor": NOISE_FLOOR}) + "\n")
 
 
 def draw_timesteps(sigmas: Tensor, count: int, rng: np.random.Generator) -> Tensor:

@@ -12,6 +12,7 @@ from weights.pocket.loop import Options, Trainee, train
 from weights.pocket.train_captioner import CaptionerTrainee
 from weights.pocket.train_ccsr import CcsrTrainee
 from weights.pocket.train_checker import CheckerTrainee
+from weights.pocket.train_decoder import DecoderTrainee
 from weights.pocket.train_flux import FluxTrainee
 from weights.pocket.train_sd15 import Sd15Trainee
 from weights.pocket.train_sdxl import SdxlTrainee
@@ -34,6 +35,7 @@ PARTS: dict[str, Part] = {
     "upscaler": Part(UpscalerTrainee, 15.5, 16),
     "vae": Part(VaeTrainee, 10.5, 16),
     "sd15": Part(Sd15Trainee, 42, 8),
+    "decoder": Part(DecoderTrainee, 12, 6),
     "sdxl": Part(SdxlTrainee, 19, 8),
     "ccsr": Part(CcsrTrainee, 14, 8),
     "flux": Part(FluxTrainee, 50, 8),

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from weights.pocket.data import Corpus
 from weights.pocket.degrade import to_tensor
-from weights.pocket.denoising import DenoiserTrainee
+from weights.pocket.denoising import DenoiserTrainee, write_noise_floor
 from weights.pocket.hint import HINT_CHANNELS, begin_as_codec, begin_as_difference
 from weights.pocket.loop import save_half
 from weights.pocket.text import build_text_encoder, build_tokenizer, token_ids
@@ -93,3 +93,4 @@ class Sd15Trainee(DenoiserTrainee):
         text_encoder.save_pretrained(models / "sd15" / "text_encoder")
         self.tokenizer.save_pretrained(models / "sd15" / "tokenizer")
         self.scheduler.save_pretrained(models / "sd15" / "scheduler")
+        write_noise_floor(models / "sd15")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModelWithProjection
 
-from weights.pocket.denoising import DenoiserTrainee
+from weights.pocket.denoising import DenoiserTrainee, write_noise_floor
 from weights.pocket.hint import HINT_CHANNELS
 from weights.pocket.inherit import ancestors, inherit
 from weights.pocket.loop import Options, save_half
@@ -145,3 +145,4 @@ class SdxlTrainee(DenoiserTrainee):
         for tokenizer, name in zip(self.tokenizers, ("tokenizer", "tokenizer_2"), strict=True):
             tokenizer.save_pretrained(models / "sdxl" / name)
         self.scheduler.save_pretrained(models / "sdxl" / "scheduler")
+        write_noise_floor(models / "sdxl")
