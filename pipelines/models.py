@@ -17,8 +17,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from diffusers import AutoencoderKL
-
 from torch import nn
+
 from pipelines.base_model import Networks, load_base, with_networks
 from pipelines.caption import Captioner, load_captioner
 from pipelines.ccsr import CCSR
@@ -33,15 +33,15 @@ from weights.embedding import Embedding, read_embedding
 from weights.fetch import WeightFile
 from weights.hub import BaseFiles
 from weights.lora import Lora, read_lora
-from weights.store import WeightStore
 from weights.restoreformer import SUFFIXES as RESTORER_SUFFIXES
 from weights.restoreformer import load_restorer
+from weights.store import WeightStore
 
 T = TypeVar("T")
 
-ADAPTER_CACHE_BYTES = 2**30
 FACE_RESTORER = "face-restorer"
 """The part of a set that holds a network for small faces."""
+ADAPTER_CACHE_BYTES = 2**30
 """LoRA and embedding files that are kept parsed."""
 
 
@@ -184,7 +184,6 @@ class Models:
             "safety-checker",
         )
 
-    def lora(self, file: WeightFile) -> Lora:
     def face_restorer(self) -> nn.Module | None:
         """What restores small faces, where the operator has put it.
 
@@ -195,6 +194,7 @@ class Models:
             return None
         return self.resident(FACE_RESTORER, self._load_face_restorer, FACE_RESTORER)
 
+    def lora(self, file: WeightFile) -> Lora:
         """A LoRA file, read once."""
         return self._loras.get(file)
 
@@ -206,11 +206,11 @@ class Models:
         """Anything else with modules in it, kept like the others; `part` is the folder whose size tells how large."""
         return self._residency.get(key, load, size_bytes=_folder_bytes(self.store.folder(part)) if part else 0)
 
-    def _vae_folder(self, part: str) -> Path:
     def _load_face_restorer(self) -> nn.Module | None:
         network = network_in(self.store, FACE_RESTORER, load_restorer, suffixes=RESTORER_SUFFIXES)
         return None if network is None else network.to(self.device)
 
+    def _vae_folder(self, part: str) -> Path:
         """A family's own VAE; without one the shared one, which among the published models is not SDXL's."""
         own = self.store.folder(f"{part}/vae")
         is_shared = not own.is_dir() and (part == "sd15" or self.store.name == "pocket")
