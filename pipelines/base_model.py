@@ -36,8 +36,8 @@ WHOLE = "checkpoint"
 UNET, VAE, TEXT_ENCODERS, SCHEDULER = "unet", "vae", ("text_encoder", "text_encoder_2"), "scheduler"
 
 Sources = Mapping[str, Source]
-Placed = tuple[Path, Sources]
-"""A file, and where in it each tensor of a module lies."""
+Placed = tuple[list[Path], Sources]
+"""Files that continue each other, and where in them each tensor of a module lies."""
 
 
 def check_scheduler(path: Path) -> None:
@@ -137,14 +137,15 @@ def _place(base: BaseFiles, part: str, family: str, in_checkpoint: Callable[[Hea
         header = read_header(path)
         check_checkpoint(header, family)
         sources = in_checkpoint(header)
-        return (path, sources) if len(missing(sources, header)) < len(sources) / 2 else None
+        return ([path], sources) if len(missing(sources, header)) < len(sources) / 2 else None
     if part not in base.files:
         return None
-    path = base.files[part].path
-    header = read_header(path)
+    paths = [file.path for file in base.of(part)]
+    headers = [read_header(path) for path in paths]
+    header = Header({name: tensor for each in headers for name, tensor in each.tensors.items()}, headers[0].metadata)
     if part == UNET:
         check_unet(header, family)
-    return path, _same_names(header, in_checkpoint)
+    return paths, _same_names(header, in_checkpoint)
 
 
 def _same_names(header: Header, in_checkpoint: Callable[[Header], Sources]) -> Sources:
@@ -161,10 +162,10 @@ def _loaded(make: Callable[[], Any], placed: Placed | None, device: torch.device
     """A module with a file's tensors; None without a place."""
     if placed is None:
         return None
-    path, sources = placed
+    (path, *more), sources = placed
     with torch.device("meta"):
         module = make()
-    load_part(module, path, sources, dtype=dtype)
+    load_part(module, path, sources, dtype=dtype, more=more)
     for name, buffer in list(module.named_buffers()):
         if buffer.is_meta:
             # The one table that no file holds: the positions of CLIP's tokens.

@@ -29,7 +29,7 @@ from pipelines.bands import cut
 from pipelines.caption import join_within_window
 from pipelines.delivery import Result, describe_tiles, opaque, recipe_of
 from pipelines.errors import CaptionFailed, InvalidParams, NonFiniteResult
-from pipelines.guard import deliver_checked
+from pipelines.guard import deliver_checked, may_show
 from pipelines.images import Picture, decode
 from pipelines.models import Family, Models
 from pipelines.multidiffusion import tiled_denoise
@@ -151,6 +151,7 @@ class CreativeUpscaler:
         grid = adapted.family.canvas.grid(size[1], size[0], max_tile_px=MAX_TILE_PX[params.family])
         recipe = self._recipe(picture, params, size, grid, adapted.family)
         prestage, checker = self._prestage(params, stages), self._checker(params, stages)
+        stages.may_show = may_show(checker)
         with stages.stage("preupscale"):
             before = self._enlarged(picture, size, prestage, params, adapted.family, stages)
         bands: Bands = lambda vae: cut(rows_of(before), size[1], size[0])  # noqa: E731  # one of two, by the strength
@@ -190,8 +191,11 @@ class CreativeUpscaler:
             with _blaming("embedding"):
                 if not params.embedding.stem.strip():
                     raise UnsuitableFile("has no name, and its name is the word that stands for it in a prompt")
-                vectors = fitting(self.models.embedding(params.embedding), widths)
-            embeddings = tuple({params.embedding.stem: rows} for rows in vectors)
+                embedding = self.models.embedding(params.embedding)
+                vectors = fitting(embedding, widths)
+            words = [params.embedding.stem, *([embedding.word] if embedding.word else [])]
+            stages.remark("models", f"the embedding stands for {' or '.join(map(repr, words))} in prompts")
+            embeddings = tuple(dict.fromkeys(words, rows) for rows in vectors)
         return Adapted(family, layers, embeddings)
 
     def _prompted(self, picture: Picture, params: Params, family: Family, stages: Stages) -> Params:
@@ -294,6 +298,7 @@ class CreativeUpscaler:
                 grid=grid,
                 tile_batch=self.tile_batch,
                 seed=params.seed,
+                watch=stages.watch,
                 on_step=on_step,
                 on_batch=partial(stages.beat, "denoise"),
             )
@@ -328,7 +333,7 @@ def _described(file: WeightFile | None) -> dict[str, str] | None:
 def _described_base(base: BaseFiles | None) -> dict[str, Any] | None:
     if base is None:
         return None
-    return {"name": base.name, "sha256": {part: file.sha256 for part, file in base.files.items()}}
+    return {"name": base.name, "sha256": {part: file.sha256 for part, file in base.all().items()}}
 
 
 @contextmanager

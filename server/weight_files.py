@@ -111,7 +111,7 @@ class WeightFiles:
             check_checkpoint(read_header(path), family)
             return BaseFiles(name=file.name, files={"checkpoint": file})
         if parameter == "base_model":
-            return self._bases.find(reference, lambda header: check_checkpoint(header, family), poll)
+            return self._bases.find(reference, family, poll)
         check = CHECKS[parameter]
         found = self._cache.fetch(reference, lambda path: check(read_header(path), family), poll)
         is_named = not reference.startswith(BLOB) or is_public(reference.removeprefix(BLOB))

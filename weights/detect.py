@@ -7,9 +7,10 @@ tensor; `weights.header` has checked the names before.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from weights.header import Header, UnsuitableFile
 
@@ -55,7 +56,7 @@ _KINDS = (
     (Kind.CONTROLNET, r"^(controlnet_cond_embedding|control_model|input_hint_block)\b"),
     (Kind.UNET, r"^down_blocks\.\d+\.resnets\."),
     (Kind.VAE, r"^(first_stage_model\.)?(encoder|decoder)\.conv_in\.weight$"),
-    (Kind.EMBEDDING, r"^(emb_params|clip_[lg]|string_to_param.*|<[^>]*>)$"),
+    (Kind.EMBEDDING, r"^(emb_params|clip_[lg]|text_encoders_[01]|string_to_param.*|<[^>]*>)$"),
 )
 
 UNSUPPORTED_ADAPTERS = (
@@ -76,8 +77,12 @@ _FAMILIES = (
     _Sign(r"^conditioner\.embedders\.0\.model\.", "the SDXL refiner"),
     _Sign(r"^cond_stage_model\.model\.", "Stable Diffusion 2"),
 )
-_BY_CONTEXT = {768: FAMILY_NAMES[SD_1_5], 1024: "Stable Diffusion 2", 2048: "SDXL"}
+_BY_CONTEXT = {768: FAMILY_NAMES[SD_1_5], 1024: "Stable Diffusion 2", 1280: "the SDXL refiner", 2048: "SDXL"}
 """Width of the text that the UNet attends to: the one number in which the families differ everywhere."""
+
+
+_TASKS = {9: "inpainting", 8: "editing by instruction (InstructPix2Pix)", 5: "pictures with depth"}
+"""By the channels that a UNet sees: latents, and what was put next to them in training."""
 
 
 def detect(header: Header) -> Found:
@@ -138,10 +143,12 @@ def check_checkpoint(header: Header, family: str) -> None:
         raise UnsuitableFile(f"is {found}, not a base model")
     _check_family(found, family)
     first = header.tensors.get("model.diffusion_model.input_blocks.0.0.weight")
-    if first is not None and first.shape[1:2] == (9,):  # a mask next to the picture
-        raise UnsuitableFile("is a base model for inpainting")
+    if first is not None and len(first.shape) > 1:
+        _check_task(first.shape[1])
     if "v_pred" in header.tensors or header.metadata.get("modelspec.prediction_type", "") == "v":
         raise UnsuitableFile("is a base model that predicts velocity instead of noise")
+    if not header.matching(r"^model\.diffusion_model\.(input_blocks|out)\."):
+        raise UnsuitableFile("is a checkpoint without a UNet under the names of the original code")
 
 
 def check_unet(header: Header, family: str) -> None:
@@ -155,8 +162,24 @@ def check_unet(header: Header, family: str) -> None:
         raise UnsuitableFile(f"is {found}, not a UNet in diffusers' layout")
     _check_family(found, family)
     first = header.tensors.get("conv_in.weight")
-    if first is not None and first.shape[1:2] == (9,):  # a mask next to the picture
-        raise UnsuitableFile("is a base model for inpainting")
+    if first is not None and len(first.shape) > 1:
+        _check_task(first.shape[1])
+
+
+def check_unet_config(config: Mapping[str, Any], family: str) -> None:
+    """Refuse a UNet by diffusers' `config.json`, before its weights are there; what says nothing passes.
+
+    Raises:
+        UnsuitableFile: It is of another family, or was trained for another task.
+    """
+    width = config.get("cross_attention_dim")
+    _check_family(Found(kind=Kind.UNET, family=_BY_CONTEXT.get(width, "") if isinstance(width, int) else ""), family)
+    _check_task(config.get("in_channels"))
+
+
+def _check_task(num_channels: Any) -> None:
+    if num_channels in _TASKS:
+        raise UnsuitableFile(f"is a base model for {_TASKS[num_channels]}")
 
 
 def _check_family(found: Found, family: str) -> None:

@@ -3,12 +3,14 @@
 | written by        | names                                                          |
 |-------------------|----------------------------------------------------------------|
 | A1111, one encoder | `emb_params`; in a pickle `string_to_param` with one entry     |
-| diffusers         | one tensor, named after the word                               |
-| SDXL              | `clip_l` and `clip_g`, one for each text encoder               |
+| diffusers         | one tensor, named after the word, such as `<cat-toy>`          |
+| SDXL              | `clip_l` and `clip_g`, one for each text encoder; some trainers |
+|                   | `text_encoders_0` and `text_encoders_1`                        |
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,14 +24,16 @@ MAX_VECTORS = 750
 """Ten chunks of a prompt; published files have one to about a hundred."""
 MAX_WIDTH = 8192
 """Numbers of a vector; the largest text encoder in use takes 4096."""
+_PAIRS = (["clip_l", "clip_g"], ["text_encoders_0", "text_encoders_1"])
 _BY_WIDTH = {768: "Stable Diffusion 1.5", 1024: "Stable Diffusion 2", 1280: "SDXL's second text encoder"}
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """Vectors (n, width), one tensor for each text encoder in its order."""
+    """Vectors (n, width), one tensor for each text encoder in its order, and the word in the file ("": none)."""
 
     vectors: tuple[Tensor, ...]
+    word: str = ""
 
 
 def read_embedding(path: Path) -> Embedding:
@@ -40,7 +44,7 @@ def read_embedding(path: Path) -> Embedding:
     """
     header = read_header(path)
     check_embedding(header)
-    names = ["clip_l", "clip_g"] if "clip_g" in header.tensors else _single(header)
+    names = next((pair for pair in _PAIRS if pair[1] in header.tensors), None) or _single(header)
     with safe_open(path, framework="pt") as tensors:
         if missing := [name for name in names if name not in header.tensors]:
             raise UnsuitableFile(f"lacks the vectors {missing[0]!r} of the other text encoder")
@@ -49,7 +53,7 @@ def read_embedding(path: Path) -> Embedding:
         vectors = tuple(_vectors(tensors.get_tensor(name)) for name in names)
     if len({len(rows) for rows in vectors}) > 1:
         raise UnsuitableFile("has different numbers of vectors for the two text encoders")
-    return Embedding(vectors)
+    return Embedding(vectors, word=names[0] if re.fullmatch(r"<[^<>\s]{1,100}>", names[0]) else "")
 
 
 def fitting(embedding: Embedding, widths: tuple[int, ...]) -> tuple[Tensor, ...]:

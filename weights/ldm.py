@@ -15,7 +15,8 @@ arranges them by level. The rules below follow from a network's config alone, so
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,20 +172,25 @@ def missing(sources: Mapping[str, Source], header: Header) -> list[str]:
     return sorted({source.name for source in sources.values()} - set(header.tensors))
 
 
-def load_part(module: nn.Module, file: Path, sources: Mapping[str, Source], *, dtype: torch.dtype) -> None:
+def load_part(
+    module: nn.Module, file: Path, sources: Mapping[str, Source], *, dtype: torch.dtype, more: Sequence[Path] = ()
+) -> None:
     """Give a module (it may be on the meta device) the tensors of a file, one at a time; on the CPU, in `dtype`.
+
+    `more` are the files that go on where the first ends.
 
     Raises:
         UnsuitableFile: A tensor is missing or has another shape than the module.
     """
     wanted = module.state_dict()
     state: dict[str, Tensor] = {}
-    with safe_open(file, framework="pt") as tensors:
-        present = set(tensors.keys())
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path, framework="pt")) for path in (file, *more)]
+        holder = {name: tensors for tensors in files for name in tensors.keys()}  # noqa: SIM118  # it is no mapping
         for name, source in sources.items():
-            if source.name not in present:
+            if source.name not in holder:
                 raise UnsuitableFile(f"lacks the tensor {source.name!r}")
-            found = _take(tensors.get_tensor(source.name), source)
+            found = _take(holder[source.name].get_tensor(source.name), source)
             state[name] = _fitted(found, wanted[name].shape, source.name).to(dtype).contiguous()
     module.load_state_dict(state, strict=True, assign=True)
 

@@ -25,7 +25,7 @@ FOREVER_S = 100 * 365 * 86400.0
 MAX_NAMED_FIELDS = 20
 MAX_URL = 8192  # characters; longer than what web servers take
 BASE_MODEL = "base_model_url"
-MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95}(@[A-Za-z0-9][\w./-]{0,95})?)?", re.ASCII)
 LIFECYCLE = "x-fal-object-lifecycle-preference"
 
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipelines.adapters import _Addition
@@ -164,6 +164,25 @@ def test_an_embedding_answers_to_its_name_everywhere(
     assert pixels(run(pipeline, small, embedding=embedding)) == pytest.approx(pixels(run(pipeline, small)))
 
 
+def test_an_embedding_answers_to_the_word_in_its_file(pipeline: CreativeUpscaler, small: bytes, tmp_path: Path) -> None:
+    """A file of diffusers has a word of its own next to its name; the log tells both."""
+    width = pipeline.models.family("SD_1_5").model.text_encoders[0].config.hidden_size
+    save_file({"<cat-toy>": torch.randn(2, width)}, tmp_path / "learned_embeds.safetensors")
+    embedding, remarks = weight_file(tmp_path / "learned_embeds.safetensors"), []
+
+    def listen(report: Report) -> None:
+        remarks.append(report.message)
+
+    made = []
+    for word in ("<cat-toy>", "learned_embeds"):
+        output, params = BytesIO(), replace(QUICK, prompt=f"a {word}, sharp", embedding=embedding)
+        pipeline(small, params, limits=UNLIMITED, output=output, progress=listen)
+        made.append(pixels(output.getvalue()))
+
+    assert np.array_equal(*made)
+    assert "the embedding stands for 'learned_embeds' or '<cat-toy>' in prompts" in remarks
+
+
 def test_a_checkpoint_and_a_folder_of_the_own_networks_change_nothing(
     pipeline: CreativeUpscaler, small: bytes, tmp_path: Path
 ) -> None:
@@ -179,9 +198,20 @@ def test_a_checkpoint_and_a_folder_of_the_own_networks_change_nothing(
     }
     wanted = pixels(run(pipeline, small))
 
-    for base in ({"checkpoint": weight_file(single)}, folder):
-        made = run(pipeline, small, base_model=BaseFiles(name="own", files=base))
-        assert np.array_equal(pixels(made), wanted)
+    tensors = load_file(tmp_path / "own/unet/diffusion_pytorch_model.safetensors")
+    halves = list(tensors)[: len(tensors) // 2], list(tensors)[len(tensors) // 2 :]
+    for number, names in enumerate(halves):
+        save_file({name: tensors[name] for name in names}, tmp_path / f"{number}.safetensors")
+    sharded = folder | {"unet": weight_file(tmp_path / "0.safetensors")}
+    shards = {"unet": (weight_file(tmp_path / "1.safetensors"),)}
+
+    bases = [
+        BaseFiles(name="single", files={"checkpoint": weight_file(single)}),
+        BaseFiles(name="folder", files=folder),
+        BaseFiles(name="sharded", files=sharded, shards=shards),
+    ]
+    for base in bases:
+        assert np.array_equal(pixels(run(pipeline, small, base_model=base)), wanted), base.name
 
 
 def test_sdxl_takes_adapters_too(pipeline: CreativeUpscaler, small: bytes, tmp_path: Path) -> None:
@@ -210,13 +240,19 @@ def test_sdxl_takes_adapters_too(pipeline: CreativeUpscaler, small: bytes, tmp_p
 def test_a_base_model_without_text_encoder_and_vae_keeps_the_servers(
     pipeline: CreativeUpscaler, small: bytes, tmp_path: Path
 ) -> None:
-    """A file with a UNet alone is completed; one with half a text encoder is refused."""
+    """A file with a UNet alone, and whatever its trainer left in it, is completed; half a text encoder is refused."""
     family = pipeline.models.family("SD_1_5")
     whole = checkpoint(family.model, family.canvas.vae.vae)
     unet_only = {name: tensor for name, tensor in whole.items() if name.startswith("model.diffusion_model.")}
+    extras = {"model_ema.decay": torch.ones(()), "model_ema.diffusion_modelout2weight": torch.zeros(4)}
+    extras |= {
+        "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
+        "betas": torch.ones(1000),
+    }
     lacking = {name: tensor for name, tensor in whole.items() if not name.endswith("final_layer_norm.weight")}
     first = BaseFiles(
-        name="unet", files={"checkpoint": weight_file(write_checkpoint(unet_only, tmp_path / "unet.safetensors"))}
+        name="unet",
+        files={"checkpoint": weight_file(write_checkpoint(unet_only | extras, tmp_path / "unet.safetensors"))},
     )
     second = BaseFiles(
         name="half", files={"checkpoint": weight_file(write_checkpoint(lacking, tmp_path / "half.safetensors"))}

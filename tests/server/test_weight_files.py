@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from pydantic import SecretStr
 from safetensors.torch import save
 
 from server.endpoints import ENDPOINTS
@@ -20,7 +21,7 @@ from server.engine import Work
 from server.ledger import NewLog, Outcome
 from server.settings import Settings
 from server.slot import SlotHost
-from server.storage import Storage, upload_key
+from server.storage import Storage, input_key, upload_key
 from server.weight_files import FileRefused, WeightFiles
 from tests.server.fake_pipeline import PIPELINES
 from tests.weights.file_server import FileServer, Page, serving
@@ -187,28 +188,142 @@ def test_uploads_take_the_same_way(settings: Settings, files: FileServer) -> Non
     for _ in range(2):
         word = weights.get({"embedding": f"blob:{key}"}, "SD_1_5", lambda: None)["embedding"]
         assert isinstance(word, WeightFile) and (word.stem, word.path.read_bytes()) == ("my-word", WORD)
+    storage._put(input_key(WORD), WORD)
+    unnamed = weights.get({"embedding": f"blob:{input_key(WORD)}"}, "SD_1_5", lambda: None)["embedding"]
+    assert isinstance(unnamed, WeightFile) and unnamed.stem == "embedding"  # it came as a data URI
     with pytest.raises(FileRefused):
         weights.get({"embedding": f"blob:{upload_key('gone.safetensors')}"}, "SD_1_5", lambda: None)
 
 
+UNET = {"down_blocks.0.resnets.0.conv1.weight": torch.ones(4, 4, 3, 3), "conv_in.weight": torch.ones(4, 4, 3, 3)}
+PARTS = ["unet/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model"]
+
+
+def publish(files: FileServer, pages: dict[str, bytes], *, at: str = "main", name: str = "owner/name") -> None:
+    """Put a repository on the hub: its list of files, and the files."""
+    listing = {"siblings": [{"rfilename": path} for path in pages]}
+    revision = "" if at == "main" else f"/revision/{at.replace('/', '%2F')}"
+    files.pages[f"/api/models/{name}{revision}"] = Page(json.dumps(listing).encode())
+    files.pages |= {f"/{name}/resolve/{at}/{path}": Page(body) for path, body in pages.items()}
+
+
+def found_base(settings: Settings, reference: str, family: str = "SD_1_5") -> BaseFiles:
+    base = WeightFiles(settings, Storage.open(settings)).get({"base_model": reference}, family, lambda: None)
+    assert isinstance(base["base_model"], BaseFiles)
+    return base["base_model"]
+
+
 def test_a_repository_is_read_part_by_part(settings: Settings, files: FileServer) -> None:
     """From a hub, by owner/name or by the address of its page: safetensors of every part, and nothing else."""
-    names = ["unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"]
-    listing = {"siblings": [{"rfilename": name} for name in [*names, "unet/diffusion_pytorch_model.bin", "x.ckpt"]]}
-    files.pages["/api/models/owner/name"] = Page(json.dumps(listing).encode())
-    for name in names:
-        files.pages[f"/owner/name/resolve/main/{name}"] = Page(WORD)
-    weights = WeightFiles(settings, Storage.open(settings))
+    parts = {f"{PARTS[0]}.safetensors": save(UNET), f"{PARTS[1]}.safetensors": WORD}
+    publish(files, {**parts, f"{PARTS[0]}.bin": b"", "x.ckpt": b"", "single.safetensors": BASE})
 
-    for reference in ("owner/name", files.url("/owner/name")):
-        base = weights.get({"base_model": reference}, "SD_1_5", lambda: None)["base_model"]
-        assert isinstance(base, BaseFiles) and set(base.files) == {"unet", "text_encoder"}
-    files.pages["/owner/name/resolve/main/single.safetensors"] = Page(BASE)
-    page = files.url("/owner/name/blob/main/single.safetensors")
-    single = weights.get({"base_model": page}, "SD_1_5", lambda: None)["base_model"]
+    for reference in ("owner/name", files.url("/owner/name"), files.url("/owner/name/tree/main")):
+        assert set(found_base(settings, reference).files) == {"unet", "text_encoder"}
+    single = found_base(settings, files.url("/owner/name/blob/main/single.safetensors"))
 
-    assert isinstance(single, BaseFiles) and set(single.files) == {"checkpoint"}
+    assert set(single.files) == {"checkpoint"}
     assert not any(path.endswith((".bin", ".ckpt")) for path, _ in files.seen)
+
+
+LAYOUTS: dict[str, tuple[str, str, dict[str, bytes], dict[str, int]]] = {
+    "half precision": (
+        "owner/name",
+        "main",
+        {f"{part}.fp16.safetensors": save(UNET) for part in PARTS},
+        {"unet": 1, "text_encoder": 1, "vae": 1},
+    ),
+    "a tag": ("owner/name@v1.0", "v1.0", {f"{PARTS[0]}.safetensors": save(UNET)}, {"unet": 1}),
+    "a branch": ("owner/name@refs/pr/7", "refs/pr/7", {f"{PARTS[0]}.safetensors": save(UNET)}, {"unet": 1}),
+    "a folder": ("{hub}/owner/name/tree/dev/sd", "dev", {f"sd/{PARTS[0]}.safetensors": save(UNET)}, {"unet": 1}),
+    "shards": (
+        "owner/name",
+        "main",
+        {f"{PARTS[0]}-0000{n}-of-00003.safetensors": save({f"{n}": torch.ones(1)} | UNET) for n in (1, 2, 3)}
+        | {f"{PARTS[0]}.safetensors.index.json": b"{}"},
+        {"unet": 3},
+    ),
+    "shards in half precision": (
+        "owner/name",
+        "main",
+        {f"{PARTS[0]}.fp16-0000{n}-of-00002.safetensors": save({f"{n}": torch.ones(1)} | UNET) for n in (1, 2)},
+        {"unet": 2},
+    ),
+    "a UNet alone": ("owner/name", "main", {"diffusion_pytorch_model.safetensors": save(UNET)}, {"unet": 1}),
+    "a checkpoint alone": ("owner/name", "main", {"dream.safetensors": BASE, "README.md": b""}, {"checkpoint": 1}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_repositories_lie_in_many_ways(settings: Settings, files: FileServer, layout: str) -> None:
+    """Variants, revisions, folders and shards as they are on hubs."""
+    reference, revision, pages, parts = LAYOUTS[layout]
+    publish(files, pages, at=revision)
+
+    base = found_base(settings, reference.format(hub=settings.hub))
+
+    assert {part: len(base.of(part)) for part in base.files} == parts
+    assert len({file.sha256 for file in base.all().values()}) == len(
+        {pages[path] for path in pages if "json" not in path and "README" not in path}
+    )
+
+
+REFUSED: dict[str, tuple[dict[str, bytes], str]] = {
+    "pickles": ({"unet/diffusion_pytorch_model.bin": b"", "v1.ckpt": b""}, "pickles only"),
+    "Flux": (
+        {"transformer/x.safetensors": b"", "model_index.json": b'{"_class_name": "FluxPipeline"}'},
+        "of FluxPipeline, not of Stable Diffusion 1.5 or SDXL",
+    ),
+    "SDXL": ({f"{PARTS[0]}.safetensors": b"", "unet/config.json": b'{"cross_attention_dim": 2048}'}, "for SDXL; the"),
+    "SD 2": (
+        {f"{PARTS[0]}.safetensors": b"", "unet/config.json": b'{"cross_attention_dim": 1024}'},
+        "Diffusion 2; the",
+    ),
+    "inpainting": ({f"{PARTS[0]}.safetensors": b"", "unet/config.json": b'{"in_channels": 9}'}, "for inpainting"),
+    "ControlNet": (
+        {"diffusion_pytorch_model.safetensors": save({"controlnet_cond_embedding.conv_in.weight": torch.ones(1)})},
+        "is a ControlNet, not a UNet",
+    ),
+    "several": ({"a.safetensors": b"", "b.safetensors": b""}, r"several checkpoints \(a.safetensors, b.safetensors\)"),
+    "a shard is missing": ({f"{PARTS[0]}-00001-of-00002.safetensors": b""}, "is missing"),
+    "nothing": ({"README.md": b""}, "not in diffusers' folder layout"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_repository_of_no_use_is_refused_by_name(settings: Settings, files: FileServer, kind: str) -> None:
+    """What it is, or what it lacks, before its gigabytes are fetched."""
+    pages, reason = REFUSED[kind]
+    publish(files, pages)
+
+    with pytest.raises(FileRefused, match=reason):
+        found_base(settings, "owner/name")
+
+    assert not any(path.endswith(("unet/diffusion_pytorch_model.safetensors", ".bin")) for path, _ in files.seen)
+
+
+def test_a_gated_repository_is_opened_with_its_token(
+    settings: Settings, files: FileServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The hub sees it, the host that it redirects to does not, and no message or log has it."""
+    caplog.set_level("DEBUG")
+    gated = settings.model_copy(update={"fetch_tokens": {files.address: SecretStr("hf_hush")}})
+    with serving({"/blob": Page(save(UNET))}) as elsewhere:
+        gated = gated.model_copy(update={"fetch_allow_hosts": [files.address, elsewhere.address]})
+        publish(files, {f"{PARTS[0]}.safetensors": b""})
+        files.pages[f"/owner/name/resolve/main/{PARTS[0]}.safetensors"] = Page(
+            status=302, headers={"Location": elsewhere.url("/blob")}
+        )
+
+        found_base(gated, "owner/name")
+        files.pages.clear()
+        files.pages["/api/models/owner/other"] = Page(status=403)
+        with pytest.raises(FileRefused, match="UPSCALER_FETCH_TOKENS") as caught:
+            found_base(gated, "owner/other")
+
+        assert {headers.get("authorization") for _, headers in files.seen} == {"Bearer hf_hush"}
+        assert all("authorization" not in headers for _, headers in elsewhere.seen) and elsewhere.seen
+    assert "hush" not in caplog.text + str(caught.value) + repr(gated)
 
 
 def test_the_operators_own_base_models_have_names(settings: Settings) -> None:

@@ -25,6 +25,7 @@ def saved(tmp_path: Path, tensors: dict[str, Tensor]) -> Path:
         ({"<cat-toy>": torch.ones(768)}, [(1, 768)]),
         ({"anything": torch.ones(3, 768)}, [(3, 768)]),
         ({"clip_g": torch.ones(80, 1280), "clip_l": torch.ones(80, 768)}, [(80, 768), (80, 1280)]),
+        ({"text_encoders_1": torch.ones(2, 1280), "text_encoders_0": torch.ones(2, 768)}, [(2, 768), (2, 1280)]),
     ],
 )
 def test_every_layout_is_read(tmp_path: Path, tensors: dict[str, Tensor], shapes: list[tuple[int, int]]) -> None:
@@ -34,6 +35,12 @@ def test_every_layout_is_read(tmp_path: Path, tensors: dict[str, Tensor], shapes
     assert [tuple(rows.shape) for rows in embedding.vectors] == shapes
     assert all(rows.dtype == torch.float32 for rows in embedding.vectors)
     assert fitting(embedding, tuple(width for _, width in shapes)) == embedding.vectors
+
+
+def test_the_word_in_the_file_is_told(tmp_path: Path) -> None:
+    """diffusers names the vectors after their word, which pages about such files tell their readers to use."""
+    assert read_embedding(saved(tmp_path, {"<cat-toy>": torch.ones(768)})).word == "<cat-toy>"
+    assert read_embedding(saved(tmp_path, {"emb_params": torch.ones(768)})).word == ""
 
 
 @pytest.mark.parametrize(
