@@ -22,7 +22,7 @@ from rich.table import Table
 
 from server.settings import Settings
 from weights.carry import bring, leftovers, recognise, remove
-from weights.catalogue import PARTS, Part, endpoints_using, parts_for
+from weights.catalogue import BY_HAND, PARTS, Part, endpoints_using, parts_for
 from weights.lock import LockedPart, faults, is_whole, read_lock, size_of
 from weights.pull import Hub, only_one, pull, staging
 
@@ -74,6 +74,10 @@ def list_parts(names: Names = None, data: Data = None) -> None:
     if not console.is_terminal:
         console.width = 400  # a line per part, for programs
     console.print(table)
+    for name, purpose in BY_HAND.items():
+        if (root / name).is_dir() or not names:
+            state = "present" if (root / name).is_dir() else "not there"
+            typer.echo(f" {name}: {state}; by hand only: {purpose}")
     typer.echo(f"Folder: {root}")
 
 

@@ -434,10 +434,15 @@ _ALL = (
 
 PARTS: Mapping[str, Part] = {part.folder: part for part in _ALL}
 """Every part that can be had from a hub, by its folder."""
-OWN_PARTS = frozenset(
-    {"ccsr-v2", "face-detector", "face-restorer", "upscaler-compact-x2", "flux", "controlnet-upscaler-flux"}
-)
-"""Parts that loaders know besides: of the pocket set, or made by the operator."""
+BY_HAND: Mapping[str, str] = {
+    "ccsr-v2": "CCSR version 2 in place of version 1: its networks and `ccsr.json`",
+    "face-restorer": "RestoreFormer++ (Apache-2.0) for small faces of crystal-upscaler: RestoreFormer++.ckpt of "
+    "github.com/wzhouxiff/RestoreFormerPlusPlus",
+    "face-detector": "another cascade (XML of OpenCV) than the built-in one",
+}
+"""Parts that only an operator can put into the set, and what they are for."""
+OWN_PARTS = BY_HAND.keys() | {"upscaler-compact-x2", "flux", "controlnet-upscaler-flux"}
+"""Parts that loaders know besides `PARTS`: those, and the pocket set's."""
 
 
 # -- which endpoint uses which -----------------------------------------------------------------------------------------
