@@ -122,7 +122,7 @@ class Models:
         own: Family = self.resident(name, lambda: self._load_family(name), FAMILIES[name].folder)
         if base is None:
             return own
-        key = "base " + " ".join(f"{part}:{file.sha256}" for part, file in sorted(base.files.items()))
+        key = "base " + " ".join(f"{part}:{file.sha256}" for part, file in sorted(base.all().items()))
         networks: Networks = self._residency.get(
             key,
             lambda: load_base(
@@ -134,11 +134,12 @@ class Models:
                 dtype=self.dtype,
                 vae_dtype=self.vae_dtype,
             ),
-            size_bytes=sum(file.path.stat().st_size for file in base.files.values()),
+            size_bytes=sum(file.path.stat().st_size for file in base.all().values()),
         )
         model = with_networks(own.model, networks)
         vae = own.canvas.vae.vae if networks.vae is None else networks.vae
-        return Family(model, Canvas(vae, size_multiple=model.size_multiple))
+        canvas = Canvas(vae, size_multiple=model.size_multiple, noise_floor=own.canvas.noise_floor)
+        return Family(model, canvas)
 
     def prestage(self) -> BandedPreStage:
         """What enlarges pictures without a diffusion model."""

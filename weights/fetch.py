@@ -173,7 +173,10 @@ class WeightCache:
             _forget(partial)
             raise
         except self._interrupted:
-            if entry is None or partial.exists():
+            has_changed = partial.exists()
+            if not _validator_of_partial(partial):
+                _forget(partial)  # nobody could say later whether it is the beginning of the same file
+            if entry is None or has_changed:
                 raise
             # The file was here before and nothing says that it has changed.
         self._shelf.write_note(key, asdict(entry))
