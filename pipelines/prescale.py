@@ -14,9 +14,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from pipelines.bands import cut
 from pipelines.errors import ModelsUnusable, NonFiniteResult
 from pipelines.spool import Pixels, Spool
 from weights.compact import load_compact
@@ -32,6 +34,8 @@ BAND_PX = 2**19
 """Most pixels in one band of a result, where the least height of a band allows."""
 LEAST_BAND_ROWS = 128
 """Of input: lower bands would compute more margin than picture."""
+FREE_FACTOR = 4
+"""Up to so many times the sides of the input a network's whole result is kept."""
 FOLD_PX = 4
 """Bands begin at multiples of this: networks that fold pixels into channels see the same blocks in every band."""
 
@@ -89,22 +93,43 @@ class Lanczos:
         self, image: Pixels, size: tuple[int, int], on_tile: Callable[[], None] = nothing, *, seed: int = 0
     ) -> Iterator[Tensor]:
         """Resize an image; see `BandedPreStage`."""
-        height, width = size
-        source_height, source_width = image.shape[-2:]
-        ratio = source_height / height
-        reach = 3 * max(1.0, ratio)
-        rows = max(16, BAND_PX // max(width, math.ceil(ratio * source_width)))
-        for top in range(0, height, rows):
-            bottom = min(top + rows, height)
-            upper = max(0, math.floor(top * ratio - reach))
-            slab = image[..., upper : min(source_height, math.ceil(bottom * ratio + reach)), :]
-            if (source_height, source_width) == size:
-                band = image[..., top:bottom, :]
-            else:
-                box = (0.0, top * ratio - upper, float(source_width), min(bottom * ratio - upper, slab.shape[-2]))
-                band = lanczos_part(slab, (width, bottom - top), box)
-            on_tile()
-            yield band.clamp(0, 1)
+        yield from lanczos_bands(image, size, image.shape[-2:], on_tile)
+
+
+def lanczos_bands(
+    image: Pixels, size: tuple[int, int], covered: Sequence[float], on_tile: Callable[[], None]
+) -> Iterator[Tensor]:
+    """Resize the upper left of a picture with Lanczos' filter, band by band.
+
+    Args:
+        image: (1, 3, h, w), 0..1.
+        size: Wanted (height, width) in px.
+        covered: (height, width) in px of `image` of what is resized, with fractions. What reaches beyond the borders
+            continues the last pixels.
+        on_tile: Called after each band; may raise to stop.
+
+    Yields:
+        Bands (1, 3, rows, width), clamped to 0..1, from top to bottom.
+    """
+    height, width = size
+    source_height, source_width = image.shape[-2:]
+    ratio = covered[0] / height
+    reach = 3 * max(1.0, ratio)
+    rows = max(16, BAND_PX // max(width, math.ceil(ratio * source_width)))
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        upper, lower = max(0, math.floor(top * ratio - reach)), math.ceil(bottom * ratio + reach)
+        slab = image[..., upper : min(source_height, lower), :]
+        if (source_height, source_width) == size == tuple(covered):
+            band = image[..., top:bottom, :]
+        else:
+            box = (0.0, top * ratio - upper, float(covered[1]), bottom * ratio - upper)
+            right, below = (max(0, math.ceil(end - 1e-6)) for end in (box[2] - slab.shape[-1], box[3] - slab.shape[-2]))
+            slab = F.pad(slab, (0, right, 0, below), mode="replicate") if right or below else slab
+            box = (*box[:2], min(box[2], slab.shape[-1]), min(box[3], slab.shape[-2]))
+            band = lanczos_part(slab, (width, bottom - top), box)
+        on_tile()
+        yield band.clamp(0, 1)
 
 
 def lanczos_part(image: Tensor, size: tuple[int, int], box: tuple[float, float, float, float]) -> Tensor:
@@ -124,7 +149,7 @@ def lanczos_part(image: Tensor, size: tuple[int, int], box: tuple[float, float, 
 
 
 class NetworkPreStage:
-    """Enlarge with a network of a whole factor as often as needed, then shrink to the exact size.
+    """Enlarge with a network of a whole factor as often as needed, and by a filter take away what is too much.
 
     Tiles are computed with a margin and only their centres are kept: as long as the margin is no narrower than the
     reach of the network, the result is that of one pass over the whole picture.
@@ -147,29 +172,47 @@ class NetworkPreStage:
         self, image: Tensor, size: tuple[int, int], on_tile: Callable[[], None] = nothing, *, seed: int = 0
     ) -> Tensor:
         """Resize an image; see `PreStage`. An image that already has the size is returned as it is."""
-        while self.factor > 1 and (image.shape[-2] < size[0] or image.shape[-1] < size[1]):
-            enlarged = torch.empty(1, 3, self.factor * image.shape[-2], self.factor * image.shape[-1])
-            enlarged, top = enlarged.to(image.device), 0
-            for band in self._enlarged(image, self.tile_px, on_tile):
-                enlarged[..., top : top + band.shape[-2], :] = band
-                top += band.shape[-2]
-            image = enlarged
-        return Lanczos()(image, size)
+        if image.shape[-2:] == tuple(size):
+            return image
+        return torch.cat(list(self.bands(image, size, on_tile)), dim=-2).to(image.device)
 
     @torch.inference_mode()
     def bands(
         self, image: Pixels, size: tuple[int, int], on_tile: Callable[[], None] = nothing, *, seed: int = 0
     ) -> Iterator[Tensor]:
-        """Resize an image; see `BandedPreStage`. What lies between two passes of the network is spooled."""
-        while self.factor > 1 and (image.shape[-2] < size[0] or image.shape[-1] < size[1]):
+        """Resize an image; see `BandedPreStage`. What lies between two passes of the network is spooled.
+
+        What the network overshoots is taken away behind the first passes, at `FREE_FACTOR` times the sides: the later
+        ones then end at the size exactly, and no picture between is larger than the result. For fewer passes, where
+        the network's whole result is worth most, it is taken away at the end.
+        """
+        num_passes, num_free = self._passes(image, size)
+        for i in range(num_passes):
+            if i == num_free:
+                later = self.factor ** (num_passes - i)
+                sides = (math.ceil(size[0] / later), math.ceil(size[1] / later))
+                covered = [
+                    own * side * later / whole for own, side, whole in zip(image.shape[-2:], sides, size, strict=True)
+                ]
+                image = Spool.of(lanczos_bands(image, sides, covered, on_tile), *sides)
             height, width = self.factor * image.shape[-2], self.factor * image.shape[-1]
             rows = max(LEAST_BAND_ROWS, BAND_PX // (self.factor * width) // FOLD_PX * FOLD_PX)
             enlarged = self._enlarged(image, min(self.tile_px, rows), on_tile)
-            if (height, width) == size:
-                yield from enlarged
+            if i + 1 == num_passes and (num_passes > num_free or (height, width) == size):
+                yield from cut(enlarged, *size)
                 return
             image = Spool.of(enlarged, height, width)
         yield from Lanczos().bands(image, size, on_tile)
+
+    def _passes(self, image: Pixels, size: tuple[int, int]) -> tuple[int, int]:
+        """How often the network runs in all, and how often before anything is taken away."""
+        num_passes = num_free = 0
+        while self.factor > 1 and any(
+            self.factor**num_passes * own < wanted for own, wanted in zip(image.shape[-2:], size, strict=True)
+        ):
+            num_passes += 1
+            num_free += self.factor ** (num_passes - 1) < FREE_FACTOR
+        return num_passes, num_free
 
     def _enlarged(self, image: Pixels, tile_rows: int, on_tile: Callable[[], None]) -> Iterator[Tensor]:
         """Bands (1, 3, rows, factor · w), float32, one network pass per tile."""

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from skimage import data
+from torch import Tensor
 
 from benchmarks import metrics
-from pipelines import crystal_upscaler
+from benchmarks.quality import borders
+from pipelines import crystal_upscaler, multidiffusion
 from pipelines.crystal_upscaler import CrystalUpscaler, Params, plan_output, plan_passes
+from pipelines.delivery import describe_tiles
 from pipelines.errors import ImageTooLarge
-from pipelines.faces import Box
+from pipelines.tiling import Grid, Tile, surround
 from tests.pipelines.staging import KINDS, LIMITS, encoded, pocket_models, run
+from weights.detect import SD_1_5
 from weights.store import WeightStore
 
 FAITHFUL = Params(scale=2.0, strength=0.0, controlnet_conditioning_scale=1.0)
@@ -31,6 +37,12 @@ def pipeline(pocket: WeightStore) -> CrystalUpscaler:
 @pytest.fixture(scope="module")
 def crop(photo_crop: Image.Image) -> Image.Image:
     return photo_crop.crop((64, 0, 128, 48))
+
+
+@pytest.fixture(scope="module")
+def portrait() -> Image.Image:
+    """A photograph of 256 px with a face 48 px high."""
+    return Image.fromarray(data.astronaut()).resize((256, 256), Image.Resampling.BOX)
 
 
 @pytest.fixture
@@ -105,31 +117,106 @@ def test_large_pictures_are_streamed_and_look_the_same(
 
 
 @pytest.mark.usefixtures("any_size")
-def test_creativity_moves_the_picture_and_faces_less(pipeline: CrystalUpscaler, crop: Image.Image) -> None:
-    """More strength moves more; where a face was found less moves than without it."""
-
-    def moved(faces: list[Box], strength: float) -> float:
-        pipeline.__dict__["_detector"] = lambda image: faces
-        picture, result, _ = run(pipeline, crop, replace(CREATIVE, strength=strength, num_inference_steps=12))
-        assert len(result.recipe["faces"]) == len(faces)
-        return float(np.abs(metrics.as_array(picture) - still)[24:72, 32:96].mean())
-
+def test_more_creativity_moves_more(pipeline: CrystalUpscaler, crop: Image.Image) -> None:
+    """The further up the knob, the further away from the faithful picture."""
     still = metrics.as_array(run(pipeline, crop, FAITHFUL)[0])
-    face = Box(0.1, 0.1, 0.9, 0.9)
+    strong = replace(CREATIVE, num_inference_steps=12)
+    moved = [
+        float(np.abs(metrics.as_array(run(pipeline, crop, replace(strong, strength=s))[0]) - still).mean())
+        for s in (0.1, 0.3, 0.45, 0.55)
+    ]
 
-    assert moved([], 0.2) < moved([], 0.55)
-    assert moved([face], 0.55) < 0.9 * moved([], 0.55)
-    pipeline.__dict__.pop("_detector")
+    assert moved == sorted(moved) and moved[-1] > moved[0]
 
 
 @pytest.mark.usefixtures("any_size")
-def test_faces_are_looked_for_where_something_is_redrawn(pipeline: CrystalUpscaler) -> None:
-    """A portrait's face is found and told in the recipe, in shares of the sides."""
-    portrait = Image.fromarray(data.astronaut()).crop((130, 20, 310, 200))
+def test_a_portraits_face_keeps_its_identity_more_strongly(
+    pipeline: CrystalUpscaler, portrait: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a photograph: the detector's face moves less than half as far as without a detector, and stays as it was."""
+    half = portrait.crop((65, 10, 155, 100))
+    strong = replace(CREATIVE, strength=0.55, num_inference_steps=12)
+    still, _, _ = run(pipeline, half, FAITHFUL)
+    protected, result, _ = run(pipeline, half, strong)
+    (face,) = result.recipe["faces"]
+    monkeypatch.setitem(pipeline.__dict__, "_detector", lambda image: [])
+    free, _, _ = run(pipeline, half, strong)
+
+    box = tuple(round(180 * face[side]) for side in ("left", "top", "right", "bottom"))
+    shown = [metrics.as_array(picture.crop(box)) for picture in (still, protected, free)]
+    assert np.abs(shown[1] - shown[0]).mean() < 0.5 * np.abs(shown[2] - shown[0]).mean()
+    assert metrics.fidelity(protected, half) > metrics.fidelity(free, half)
+
+
+@pytest.mark.usefixtures("any_size")
+def test_no_tile_edge_cuts_a_portraits_face(
+    pipeline: CrystalUpscaler, portrait: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a photograph in four tiles and more: in every step one tile alone decides all of the face's latents."""
+    seen: list[tuple[list[Tile], Tensor, Sequence[Tile]]] = []
+
+    def watch(grid: Grid, tiles: Sequence[Tile], weights: Tensor, boxes: Sequence[Tile]) -> tuple[list[Tile], Tensor]:
+        seen.append((*surround(grid, tiles, weights, boxes), boxes))
+        return seen[-1][:2]
+
+    monkeypatch.setattr(multidiffusion, "surround", watch)
+    monkeypatch.setattr(crystal_upscaler, "MAX_TILE_PX", 128)
+    _, result, _ = run(pipeline, portrait, replace(CREATIVE, scale=1.0))
+
+    assert len(result.recipe["faces"]) == 1
+    for tiles, weights, (box,) in seen:
+        assert len(tiles) > 4
+        shares = torch.zeros(len(tiles), max(tile.bottom for tile in tiles), max(tile.right for tile in tiles))
+        for share, tile, weight in zip(shares, tiles, weights[:, 0], strict=True):
+            share[tile.top : tile.bottom, tile.left : tile.right] = weight
+        inside = shares[:, box.top : box.bottom, box.left : box.right]
+        assert sorted(inside.amin((1, 2)).tolist())[-1] == pytest.approx(1)
+        assert torch.allclose(shares.sum(0), torch.ones_like(shares[0]), atol=1e-5)
+
+
+@pytest.mark.usefixtures("any_size")
+def test_faces_are_told_in_the_recipe(pipeline: CrystalUpscaler, portrait: Image.Image) -> None:
+    """A portrait's face is found where something is redrawn, and told in shares of the sides."""
     _, result, _ = run(pipeline, portrait, replace(CREATIVE, scale=1.0, strength=0.1, num_inference_steps=1))
 
     (face,) = result.recipe["faces"]
-    assert 0.2 < face["top"] < face["bottom"] < 0.9
+    assert tuple(face.values()) == pytest.approx((0.13, 0.34, 0.32, 0.53), abs=0.03)
+
+
+@pytest.mark.usefixtures("any_size")
+def test_tile_batch_does_not_change_the_picture(
+    pipeline: CrystalUpscaler, crop: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles one by one or all at once agree within 1/255, and the same request has the same bytes."""
+    monkeypatch.setattr(crystal_upscaler, "MAX_TILE_PX", 96)
+    pictures, files = [], []
+    for batch in (1, 100, 100):
+        monkeypatch.setattr(crystal_upscaler, "TILE_BATCH", {"cpu": batch})
+        picture, _, content = run(pipeline, crop, replace(CREATIVE, strength=0.55))
+        pictures.append(metrics.as_array(picture))
+        files.append(content)
+
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+    assert files[1] == files[2]
+
+
+@pytest.mark.usefixtures("any_size")
+def test_tile_borders_do_not_show(
+    pipeline: CrystalUpscaler, photo_crop: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradient across tile borders is about what it is there in the picture made as one tile."""
+    monkeypatch.setattr(crystal_upscaler, "EXACT_PX", 10**9)
+    strong = replace(CREATIVE, strength=0.45)
+    whole, _, _ = run(pipeline, photo_crop, strong)
+    monkeypatch.setattr(crystal_upscaler, "MAX_TILE_PX", 128)
+    tiled, _, _ = run(pipeline, photo_crop, strong)
+
+    canvas = pipeline.models.family(SD_1_5).canvas
+    grid, factor = canvas.grid(tiled.height, tiled.width, max_tile_px=128), canvas.vae.scale_factor
+    rows, columns = borders({"tiles": describe_tiles(grid, factor)})
+    rows, columns = [row for row in rows if row < tiled.height], [one for one in columns if one < tiled.width]
+    assert len(columns) > 1
+    assert metrics.border_gradient(tiled, whole, rows, columns) <= 1.1
 
 
 @pytest.mark.parametrize("kind", KINDS)

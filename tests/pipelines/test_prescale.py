@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pipelines import prescale
+from pipelines.errors import NonFiniteResult
 from pipelines.prescale import Lanczos, NetworkPreStage, load_prestage
 from pipelines.spool import Spool
 from weights.compact import Compact
@@ -143,3 +144,45 @@ def test_a_spool_gives_back_what_was_written() -> None:
     assert torch.allclose(spool[..., 20:99, :], image[..., 20:, :], atol=1e-5)
     with pytest.raises(ValueError, match="Expected 24 rows"):
         Spool.of([image], 24, 17)
+
+
+@pytest.mark.parametrize(("factor", "num_conv"), [(2, 2), (4, 1)])
+@pytest.mark.parametrize("scale", [4.5, 17.0, 33.3])
+def test_no_picture_between_two_passes_is_larger_than_the_result(
+    factor: int, num_conv: int, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Factors a little above a power of the network's own: what is too much goes early, and nothing moves by it."""
+    made: list[int] = []
+    keep = Spool.of.__func__  # type: ignore[attr-defined]
+
+    def watch(cls: type[Spool], bands: object, height: int, width: int) -> Spool:
+        made.append(height * width)
+        return keep(cls, bands, height, width)
+
+    monkeypatch.setattr(Spool, "of", classmethod(watch))
+    ramp = torch.linspace(0.1, 0.9, 13)[:, None] * torch.linspace(0.2, 1, 9)[None]
+    size = (round(13 * scale), round(9 * scale))
+
+    class Nearest(Compact):
+        """Enlarges without inventing anything."""
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.interpolate(image, scale_factor=self.upscale, mode="bilinear")
+
+    stage = NetworkPreStage(Nearest(num_feat=4, num_conv=num_conv, upscale=factor))
+    image = ramp.expand(1, 3, 13, 9).contiguous()
+    result = torch.cat(list(stage.bands(image, size)), dim=-2)
+
+    assert tuple(result.shape[-2:]) == size
+    assert max(made) <= size[0] * size[1]
+    inside = (..., slice(round(3 * scale), round(-3 * scale)), slice(round(3 * scale), round(-3 * scale)))
+    assert torch.allclose(result[inside], Lanczos()(image, (size[0], size[1]))[inside], atol=0.004)
+
+
+def test_values_that_are_not_finite_are_an_error() -> None:
+    """A file with damaged numbers makes no black picture."""
+    model = Compact(num_feat=4, num_conv=1)
+    torch.nn.init.constant_(next(model.parameters()), float("nan"))
+
+    with pytest.raises(NonFiniteResult, match="pre-upscaler"):
+        NetworkPreStage(model)(torch.rand(1, 3, 8, 8), (16, 16))
