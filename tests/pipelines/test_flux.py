@@ -385,15 +385,16 @@ def mesh_energy(family: Flux, vae: AutoencoderKL, *, moving: bool, num_seeds: in
         conditioning = Conditioning(texts=(text,), control=start, offsets=offsets)
         final = denoise(family, FlowSampler(sigmas).start(start, noise), sigmas, conditioning)
         pixels = vae.decode(final / vae.config.scaling_factor).sample[0].mean(dim=0) * 127.5
-        printed += mesh(pixels, 8) / num_seeds
+        printed += mesh(pixels[16:-16, 16:-16], 8) / num_seeds  # what a picture's edges do is no mesh
     return float(printed.square().mean())
 
 
 def test_moving_the_token_grid_takes_a_mesh_away(
     family: Flux, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a flat dark picture the energy at a token's period falls; of a network that prints its tokens, to a fifth."""
-    assert mesh_energy(family, vae, moving=True) < mesh_energy(family, vae, moving=False)
+    """In a flat dark picture the energy at a token's period halves; of a network that prints its tokens, to a fifth."""
+    still, moving = (mesh_energy(family, vae, moving=moving) for moving in (False, True))
+    assert moving < 0.5 * still, (moving, still)
 
     pattern = 0.3 * torch.randn(64, generator=torch.Generator().manual_seed(3))
     layer = family.transformer.proj_out
