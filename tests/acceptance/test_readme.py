@@ -18,6 +18,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from server.settings import Settings
 from tests.acceptance import nginx
 from tests.acceptance.clients import confined
 from tests.acceptance.conftest import PHOTO
@@ -25,24 +26,23 @@ from tests.acceptance.javascript.programs import INSTALLED, chromium
 from tests.acceptance.javascript.programs import installed as installed_node
 from tests.acceptance.live import FAKE, ROOT, LiveServer
 from tests.acceptance.ports import reserved_ports
+from tests.acceptance.recipes import recipes
+from tests.weights import hub_server
+from tests.weights.repositories import published
+from weights.store import WeightStore
 
 ENDPOINT = "fal-ai/creative-upscaler"
+CLARITY = "fal-ai/clarity-upscaler"
 KEY = "of-the-operator:secret"
+VENV = ".venv/bin/"
 NGINX = ROOT / "server" / "deploy" / "nginx.conf"
 RECIPE_S = 120.0
 
 
-def recipes(heading: str, language: str) -> list[str]:
-    """The blocks of a language below a heading."""
-    section = re.split(r"\n##+ ", (ROOT / "README.md").read_text().partition(f"\n### {heading}\n")[2])[0]
-    found = re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
-    assert found, f"the README has no recipe in {language} under {heading}"
-    return found
-
-
 def compose() -> dict[str, Any]:
     """The services of the compose file."""
-    services: dict[str, Any] = yaml.safe_load(recipes("In a Docker network", "yaml")[0])["services"]
+    (text,) = recipes("In a Docker network", "yaml")
+    services: dict[str, Any] = yaml.safe_load(text)["services"]
     return services
 
 
@@ -98,17 +98,52 @@ def check_picture(url: str, base: str, server: LiveServer) -> None:
 
 def upscale(folder: Path, environment: dict[str, str]) -> str:
     """The URL that the Python recipe prints, in a process that cannot leave this machine."""
-    (folder / "upscale.py").write_text(recipes("Python", "python")[0])
+    (program,) = recipes("Python", "python")
+    (folder / "upscale.py").write_text(program)
     *updates, url = follow("python upscale.py photo.jpg", folder, confined(environment)).splitlines()
     assert any("Completed" in update for update in updates)
     return url
 
 
+def test_quick_start(paced: LiveServer, folder: Path) -> None:
+    """What `make serve` starts is a client's by one line; one picture needs no server."""
+    _, serve, point, once = recipes("Quick start", "sh")
+    (program,) = recipes("Python", "python")
+    (folder / "my_program_that_uses_fal_client.py").write_text(program)
+    planned = subprocess.run([*serve.split(), "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    environment = confined({"UPSCALER_DATA": str(paced.data)})
+    point = point.replace(".py ", ".py photo.jpg ")
+    once = once.replace("tests/photos/clinic.png", "photo.jpg")
+
+    printed = follow(point.replace(VENV, ""), folder, environment)
+    follow(once.replace(VENV, ""), folder, environment)
+
+    assert planned.splitlines()[-1].split() == [f"{VENV}creative-upscaler", "serve"]
+    check_picture(printed.splitlines()[-1], f"https://localhost:{paced.tls_port}", paced)
+    with Image.open(folder / "big.png") as picture:
+        assert picture.size == (96, 72)
+
+
+@pytest.mark.slow
+def test_demo() -> None:
+    """The first command of all ends with the path of a picture."""
+    demo, *_ = recipes("Quick start", "sh")
+    prefix = Path(sys.prefix)
+    here = [f"VENV={prefix}", "--assume-old", str(prefix / ".installed-demo"), "--silent"]
+
+    done = subprocess.run([*demo.split(), *here], cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+    assert done.returncode == 0, done.stderr
+    with Image.open(ROOT / done.stdout.splitlines()[-1]) as picture:
+        assert max(picture.size) == 1024
+
+
 def test_python(guarded: LiveServer, folder: Path) -> None:
     """Install, eval, run."""
-    (folder / "upscale.py").write_text(recipes("Python", "python")[0])
+    (script,), (program,) = recipes("Python", "sh"), recipes("Python", "python")
+    (folder / "upscale.py").write_text(program)
 
-    printed = follow(recipes("Python", "sh")[0], folder, confined({"UPSCALER_DATA": str(guarded.data)}))
+    printed = follow(script, folder, confined({"UPSCALER_DATA": str(guarded.data)}))
 
     check_picture(printed.splitlines()[-1], f"https://localhost:{guarded.tls_port}", guarded)
 
@@ -116,9 +151,10 @@ def test_python(guarded: LiveServer, folder: Path) -> None:
 def test_node(guarded: LiveServer, folder: Path) -> None:
     """Install, eval, run: over HTTPS, the file uploaded by the client."""
     installed_node()
-    (folder / "upscale.mjs").write_text(recipes("Node.js", "js")[0])
+    (script,), (program,) = recipes("Node.js", "sh"), recipes("Node.js", "js")
+    (folder / "upscale.mjs").write_text(program)
 
-    *states, url = follow(recipes("Node.js", "sh")[0], folder, {"UPSCALER_DATA": str(guarded.data)}).splitlines()
+    *states, url = follow(script, folder, {"UPSCALER_DATA": str(guarded.data)}).splitlines()
 
     assert states[-1] == "COMPLETED"
     check_picture(url, f"https://localhost:{guarded.tls_port}", guarded)
@@ -127,8 +163,8 @@ def test_node(guarded: LiveServer, folder: Path) -> None:
 def test_browser(paced: LiveServer, folder: Path) -> None:
     """A page of another origin upscales a file that a person chose in it."""
     node = installed_node()
-    module = recipes("Browser", "js")[0].replace("HOST:8000", f"127.0.0.1:{paced.port}")
-    (folder / "upscale.js").write_text(module)
+    (module,) = recipes("Browser", "js")
+    (folder / "upscale.js").write_text(module.replace("HOST:8000", f"127.0.0.1:{paced.port}"))
     command = [node, INSTALLED / "choose.mjs", chromium(), folder, "upscale.js", folder / "photo.jpg"]
 
     url = follow(shlex.join(map(str, command)), folder, {}).strip()
@@ -235,10 +271,55 @@ def test_uploads_and_streams_go_through_nginx(behind_nginx: httpx2.Client, guard
 
 def test_without_one_changed_line(paced: LiveServer, folder: Path) -> None:
     """Under fal's own names: what `env --fal-proxy` prints is all that the recipe needs."""
-    (folder / "upscale.py").write_text(recipes("Python", "python")[0])
-    serve, point = recipes("Without one changed line", "sh")[0].splitlines()
+    (program,), (script,) = recipes("Python", "python"), recipes("Without one changed line", "sh")
+    (folder / "upscale.py").write_text(program)
+    serve, point = script.splitlines()
 
     printed = follow(f"{point}\npython upscale.py photo.jpg", folder, confined({"UPSCALER_DATA": str(paced.data)}))
 
     assert serve == "creative-upscaler serve --fal-proxy 8444"
     check_picture(printed.splitlines()[-1], "https://queue.fal.run", paced)
+
+
+def test_the_full_set(folder: Path) -> None:
+    """A set is pulled, verified, carried to another server and imported there; the hub has small files."""
+    (script,) = recipes("The full set", "sh")
+    lines = script.replace(ENDPOINT, CLARITY).replace("/media/usb", str(folder / "usb")).splitlines()
+    with hub_server.serving(published()) as hub:
+        environment = {"HF_ENDPOINT": hub.url, "UPSCALER_DATA": str(folder / "data")}
+        listed = follow("\n".join(lines[:3]), folder, environment)
+    (folder / "data/weights/full").rename(folder / "usb")
+    follow("\n".join(lines[3:]), folder, environment)
+
+    assert "controlnet-tile-sd15" in listed
+    assert WeightStore("full", folder / "data/weights/full").missing(CLARITY, "flux2-klein-4b") == []
+
+
+def test_operation(paced: LiveServer, folder: Path) -> None:
+    """Every command of the operator, one after the other, leaves a server that works."""
+    (script,) = recipes("Operation", "sh")
+
+    printed = follow(script, folder, {"UPSCALER_DATA": str(paced.data)})
+
+    assert ENDPOINT in printed
+    assert paced.get("/ready").status_code == 200
+
+
+def test_deployment_with_compose() -> None:
+    """What is said to Docker fits the compose file, and what is run in the container is a command of ours."""
+    (script,) = recipes("Deployment", "sh")
+    exports, *lines = script.splitlines()
+    given = dict(word.split("=", 1) for word in shlex.split(exports)[1:])
+    project = yaml.safe_load((ROOT / given["COMPOSE_FILE"]).read_text())
+    profile = given["COMPOSE_PROFILES"]
+    run, up, copy = (shlex.split(line, comments=True)[2:] for line in lines)
+
+    assert project["services"][profile]["profiles"] == [profile]
+    assert f"${{{list(given)[-1]}:?" in project["x-server"]["environment"][list(given)[-1]]
+    assert run[:4] == ["run", "--rm", profile, "creative-upscaler"] and up == ["up", "--detach", "--wait"]
+    assert (
+        subprocess.run([sys.executable, "-m", "server", *run[4:], "--help"], cwd=ROOT, capture_output=True).returncode
+        == 0
+    )
+    (folder,) = re.findall(r":(/\S+)", project["x-server"]["volumes"][0])
+    assert copy == ["cp", f"{profile}:{Settings(data=Path(folder)).trust_dir}", "trust"]
