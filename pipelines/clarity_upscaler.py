@@ -28,7 +28,7 @@ import torch
 
 from pipelines.adapters import applied, match
 from pipelines.delivery import Result, describe_tiles, opaque, recipe_of
-from pipelines.guard import deliver_checked
+from pipelines.guard import deliver_checked, may_show
 from pipelines.images import decode
 from pipelines.models import Family, Models
 from pipelines.planning import Limits, check_memory, plan_size
@@ -138,6 +138,7 @@ class ClarityUpscaler:
         checker = self.models.checker() if params.check_safety else None
         if params.check_safety and checker is None:
             stages.remark("safety", NO_SAFETY_CHECKER)
+        stages.may_show = may_show(checker)
         with self._detailed(family):
             bands = StagedUpscale(prestage, style, stages, family=family).bands(opaque(picture), passes)
         deliver_checked(bands, family.canvas.vae, picture, recipe, output, stages, checker)

@@ -59,6 +59,10 @@ class FlowSampler:
         """See `Sampler`."""
         return sample + (self._sigmas[step + 1] - self._sigmas[step]) * prediction
 
+    def estimate(self, step: int, prediction: Tensor, sample: Tensor) -> Tensor:
+        """See `Sampler`."""
+        return sample - self._sigmas[step] * prediction
+
 
 def shift_for(num_tokens: int, config: Mapping[str, Any]) -> float:
     """The shift mu of the schedule for a tile, at most that of the largest training picture.

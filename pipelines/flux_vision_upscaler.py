@@ -29,7 +29,7 @@ from pipelines.errors import CaptionFailed, ModelsMissing
 from pipelines.flux import Conditioning, FlowSampler, Flux, Text, flow_sigmas, token_offsets
 from pipelines.flux2 import Flux2, plain_vae
 from pipelines.fp8 import quantize_to_fp8
-from pipelines.guard import deliver_black, deliver_checked
+from pipelines.guard import deliver_black, deliver_checked, may_show
 from pipelines.images import Picture, decode
 from pipelines.models import Family, Models
 from pipelines.multidiffusion import tiled_denoise
@@ -238,6 +238,7 @@ class FluxVisionUpscaler:
         tiles = describe_tiles(grid, vae.scale_factor)
         recipe = recipe_of("flux_vision_upscaler", picture, params, size, self.weights, tiles=tiles, caption=caption)
         checker = self._checker(params, stages)
+        stages.may_show = may_show(checker)
         if checker is not None and self._is_unsafe(checker, picture, stages):
             deliver_black(picture, recipe, output, stages)
         else:
@@ -397,6 +398,7 @@ class FluxVisionUpscaler:
                 grid=grid,
                 tile_batch=self.tile_batch,
                 seed=params.seed,
+                watch=stages.watch,
                 on_step=on_step,
                 on_batch=lambda: stages.beat("denoise"),
             )

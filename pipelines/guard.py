@@ -6,7 +6,7 @@ written. Where it objects the file is written again, black and of the same size:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, BinaryIO
 
@@ -68,6 +68,11 @@ class Lookout:
         width = rows.shape[1] // side * side
         blocks = rows[:, :width].reshape(len(rows) // side, side, width // side, side, 3)
         return np.rint(blocks.mean(axis=(1, 3), dtype=np.float32)).astype(np.uint8)
+
+
+def may_show(checker: SafetyChecker | None) -> Callable[[Image.Image], bool]:
+    """Whether a preview may be seen: none that the checker would not let through at the end."""
+    return lambda image: checker is None or not checker.is_unsafe(image)
 
 
 def deliver_checked(

@@ -9,6 +9,7 @@ depend on how tiles are batched (MultiDiffusion, arXiv 2302.08113, equations 3 t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
@@ -48,6 +49,7 @@ def tiled_denoise(
     tile_batch: int,
     seed: int,
     whole: Sequence[Tile] = (),
+    watch: Callable[[Callable[[], Tensor]], None] = lambda estimate: None,
     on_step: Callable[[int], None] = lambda step: None,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Tensor:
@@ -63,6 +65,7 @@ def tiled_denoise(
         seed: Decides how the tile edges move from step to step.
         whole: Boxes of the latent that no tile edge may cut: each gets a tile of its own around it, whose prediction
             alone counts there. One that is larger than a tile is left to the grid.
+        watch: Told before each `on_step` how to compute the clean latents that the model expects.
         on_step: Called after each step with its number, from 1; may raise to stop.
         on_batch: Called after each call of the model, of which a large picture has hundreds a step; likewise.
 
@@ -77,6 +80,7 @@ def tiled_denoise(
         prediction = fused_prediction(
             model, shown, timestep, conditioning, tiles, weights, tile_batch=tile_batch, on_batch=on_batch
         )
+        watch(partial(sampler.estimate, step, prediction, sample))
         sample = sampler.advance(step, prediction, sample)
         on_step(step + 1)
     return sample

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pipelines.bands import cut, filter_bands
 from pipelines.colour import halo_rows, wavelet_match
+from pipelines.preview import Painter, lazily
 from pipelines.progress import Stages
 from pipelines.spool import Pixels, Spool
 from pipelines.streamed_vae import StreamedVAE
@@ -157,7 +158,8 @@ class Canvas:
         streamed = padded.shape[-2] * padded.shape[-1] > self.exact_px or not isinstance(padded, Tensor)
         with stages.stage("vae_encode"):
             start = self._encode(padded, lambda: stages.beat("vae_encode"), streamed=streamed)
-        final = above_noise(denoise(start), start, tones.amount * self.noise_floor)
+        with stages.painting(lazily(lambda: Painter(start, padded, size))):
+            final = above_noise(denoise(start), start, tones.amount * self.noise_floor)
 
         def match(rows: Tensor, reference: Tensor) -> Tensor:
             return wavelet_match(

@@ -36,6 +36,11 @@ class Sampler(Protocol):
         ...
 
 
+    def estimate(self, step: int, prediction: Tensor, sample: Tensor) -> Tensor:
+        """The clean latents that the model's answer at a step amounts to."""
+        ...
+
+
 class NoiseSampler:
     """For models that predict noise on a discrete schedule: Stable Diffusion 1.5 and XL.
 
@@ -88,6 +93,11 @@ class NoiseSampler:
         scaled = prediction * (self._seen(step) / self._sigmas[step])
         moved: Tensor = self._scheduler.step(scaled, self._scheduler.timesteps[step], sample, **noise).prev_sample
         return moved
+
+    def estimate(self, step: int, prediction: Tensor, sample: Tensor) -> Tensor:
+        """See `Sampler`."""
+        sigma = self._sigmas[step]
+        return sample / sample_scale(self._kind, sigma) - self._seen(step) * prediction
 
     def _seen(self, step: int) -> float:
         """The noise level that the model is told."""
@@ -144,3 +154,8 @@ class ProtectingSampler:
             return moved
         kept = (self._latents + level * self._noise) * sample_scale(self._kind, level)
         return torch.lerp(moved, kept, self._mask)
+
+    def estimate(self, step: int, prediction: Tensor, sample: Tensor) -> Tensor:
+        """See `Sampler`."""
+        found = self._sampler.estimate(step, prediction, sample)
+        return found if self._sigmas[step + 1] < self._until else torch.lerp(found, self._latents, self._mask)

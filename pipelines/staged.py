@@ -154,6 +154,7 @@ class StagedUpscale:
                 tile_batch=style.tile_batch,
                 seed=one.seed,
                 whole=boxes,
+                watch=self._stages.watch,
                 on_step=on_step,
                 on_batch=partial(self._stages.beat, "denoise"),
             )

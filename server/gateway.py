@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import Coroutine
@@ -11,7 +12,8 @@ from typing import Any
 
 from server.auth import Keyring, OperatorKey, Tickets
 from server.endpoints import ENDPOINTS
-from server.ledger import Blob, CancelAnswer, Ledger, RequestRow
+from server.engine.local import preview_path, scratch_of
+from server.ledger import Blob, CancelAnswer, Ledger, RequestRow, State
 from server.ledger.ledger import CANCELLED
 from server.metrics import GatewayMetrics
 from server.settings import Settings
@@ -74,6 +76,15 @@ class Gateway:
             self.metrics.ended.count(row.endpoint, CANCELLED)
         self.wake_dispatcher()
         return answer
+
+    async def preview(self, row: RequestRow) -> bytes | None:
+        """The newest preview of a request that runs, as JPEG; None where there is none, or not any more."""
+        if row.slot is None or row.token is None or row.state != State.IN_PROGRESS.value:
+            return None
+        path = preview_path(scratch_of(self.settings, row.slot), row.token)
+        with contextlib.suppress(FileNotFoundError):
+            return await asyncio.to_thread(path.read_bytes)
+        return None
 
     async def endpoint_faults(self) -> dict[str, str]:
         """By endpoint, why it cannot serve a request now; empty for one that can."""

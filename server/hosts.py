@@ -64,6 +64,7 @@ ACTIONS: Mapping[tuple[str, ...], str] = {
     ("status",): "/status",
     ("status", "stream"): "/status/stream",
     ("cancel",): "/cancel",
+    ("preview",): "/preview",
 }
 
 

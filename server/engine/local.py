@@ -29,6 +29,7 @@ import structlog
 
 from server.engine import Emit, Event, SlotInfo, SlotLost, SlotState, Work
 from server.ledger.states import NewLog, Outcome, SlotReport
+from server.settings import Settings
 
 MAX_LINE_BYTES = 64 * 1024 * 1024
 RECONNECT_S = 0.05
@@ -41,6 +42,16 @@ log = structlog.get_logger()
 def socket_path(run_dir: Path, slot_id: str) -> Path:
     """Where a slot listens."""
     return run_dir / f"slot-{slot_id}.sock"
+
+
+def scratch_of(settings: Settings, slot_id: str) -> Path:
+    """Folder of a slot's unfinished files, which its successor empties; readable by this user only."""
+    return settings.run_dir / f"slot-{slot_id}.tmp"
+
+
+def preview_path(scratch: Path, token: str) -> Path:
+    """Where the newest preview of a run is, while it runs."""
+    return scratch / f"{token}.jpg"
 
 
 def _line(message: dict[str, Any]) -> bytes:

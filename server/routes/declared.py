@@ -120,6 +120,10 @@ IS_OUTPUT = answers(_OUTPUT)
 IS_SUBMITTED: Responses = {200: {"model": Submitted}}
 IS_STATUS: Responses = {200: {"model": RequestStatus}, 202: {"model": RequestStatus}}
 IS_CANCELLED: Responses = {200: {"model": Cancelled}, 202: {"model": Cancelled}}
+IS_PREVIEW: Responses = {
+    200: {"content": {"image/jpeg": {"schema": {"type": "string", "format": "binary"}}}},
+    204: {"description": "There is no preview now."},
+}
 IS_EVENTS = answers({}, "text/event-stream")
 
 # -- uploads and tokens

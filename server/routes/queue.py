@@ -20,6 +20,7 @@ from server.routes.declared import (
     IS_CANCELLED,
     IS_EVENTS,
     IS_OUTPUT,
+    IS_PREVIEW,
     IS_STATUS,
     IS_SUBMITTED,
     JSON,
@@ -87,6 +88,23 @@ async def status_stream(request: Request) -> Response:
         media_type="text/event-stream",
         headers={"x-fal-request-id": row.id, "cache-control": "no-cache", "x-accel-buffering": "no"},
     )
+
+
+@router.get(
+    "/{owner}/{alias}/requests/{request_id}/preview",
+    openapi_extra=REQUEST,
+    responses=IS_PREVIEW,
+    response_class=Response,
+)
+async def preview(request: Request) -> Response:
+    """A small picture (JPEG) of how far a running request is, renewed every second or so; 204 while there is none."""
+    call = await get_call(request)
+    row = await known(call)
+    image = await call.gateway.preview(row)
+    headers = {"x-fal-request-id": row.id, "cache-control": "no-store", "x-content-type-options": "nosniff"}
+    if image is None:
+        return Response(status_code=204, headers=headers)
+    return Response(image, headers=headers, media_type="image/jpeg")
 
 
 @router.get("/{owner}/{alias}/requests/{request_id}", openapi_extra=REQUEST, responses=IS_OUTPUT)

@@ -62,6 +62,12 @@ export class Client {
     return answer.request_id;
   }
 
+  /** A small picture of how far a running request is, as a Blob; null when there is none. */
+  async preview(endpoint, id, signal) {
+    const response = await this.#fetch(`queue/${endpoint}/requests/${id}/preview`, { signal, cache: "no-store" });
+    return response.status === 200 ? response.blob() : null;
+  }
+
   /** What a request came to: `{data, servedFrom}`; asked for until there is an answer. */
   async result(endpoint, id, signal) {
     for (;;) {

@@ -34,16 +34,20 @@ export class Comparison {
   #zoom = 1; // 1 shows all of it
   #x = 0;
   #y = 0;
+  #turn = 0;
   #pointers = new Map();
   #drag = "";
 
-  /** Show a picture alone (`after` null), two of them, or a result alone (`before` null); URLs. */
-  async show(before, after) {
+  /** Show a picture alone (`after` null), two of them, or a result alone (`before` null); URLs, and what `after` is. */
+  async show(before, after, name = "After") {
+    const turn = ++this.#turn;
     const images = await Promise.all([before, after].map((url) => (url ? loaded(url) : null)));
+    if (turn !== this.#turn) return this.#size; // something newer is shown, or on its way
     const [first, second] = images;
     const largest = second ?? first;
     const isSameShape = this.#size && largest && Math.abs(this.#size.width / this.#size.height - largest.naturalWidth / largest.naturalHeight) < 0.02;
     this.#size = largest ? { width: largest.naturalWidth, height: largest.naturalHeight } : null;
+    this.#parts.at(-1).textContent = name;
     this.#before.replaceChildren(...(first ? [first] : []));
     this.#after.replaceChildren(...(second ? [second] : []));
     this.#root.dataset.state = first && second ? "pair" : largest ? "single" : "empty";

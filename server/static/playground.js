@@ -10,6 +10,7 @@ import { History, thumbnail } from "./history.js";
 const KEY_PLACE = "creative-upscaler.key";
 const FACTS_MS = 10_000;
 const FACTS_SOON_MS = 1500;
+const PREVIEW_MS = 1000;
 const STEP = /^(.+) (\d+)\/(\d+)$/;
 const STAGE_END = /^(.+) done in ([\d.]+) s$/;
 const WEIGHTS = {
@@ -230,6 +231,7 @@ async function follow(watch) {
       phase(ahead ? `Waiting, ${ahead} ahead` : "Waiting for its turn");
     } else if (update.status === "IN_PROGRESS" && !watch.isStopping) {
       showStage(update.logs);
+      watch.previews ??= showPreviews(watch);
     } else if (update.status === "COMPLETED") {
       watch.seconds = update.metrics?.inference_time;
     }
@@ -244,6 +246,31 @@ async function follow(watch) {
   await showResult(entry);
   find("#comparison").scrollIntoView({ block: "nearest" });
   if (picture) thumbnail(ownFile(picture.url) ?? picture.url).then((small) => small && remember(entry, { thumbnail: small }));
+}
+
+/** The newest preview beside the picture, renewed while the request runs. */
+async function showPreviews(watch) {
+  const { entry, abort } = watch;
+  const isCurrent = page.stored?.url === entry.input[entry.field];
+  const before = isCurrent && page.fileUrl ? page.fileUrl : ownFile(entry.input[entry.field]);
+  let shown = null;
+  watch.restore = () => shown && comparison.show(before, null);
+  while (page.watch === watch && !watch.isStopping) {
+    try {
+      const blob = await client.preview(entry.endpoint, entry.id, abort.signal);
+      if (blob && page.watch === watch) {
+        const url = URL.createObjectURL(blob);
+        await comparison.show(before, url, "Preview");
+        if (shown) URL.revokeObjectURL(shown);
+        shown = url;
+        find("#tools").hidden = find(".zoom").hidden = false;
+      }
+    } catch {
+      /* without a preview one waits as well */
+    }
+    await new Promise((resolve) => setTimeout(resolve, PREVIEW_MS));
+  }
+  if (shown) URL.revokeObjectURL(shown);
 }
 
 function begun(watch) {
@@ -290,6 +317,7 @@ function ended(watch, error) {
     remember(watch.entry, { outcome, message: error.message, faults: error.faults });
   }
   if (!isOurs) return;
+  watch.restore?.();
   phase(isCancelled ? "Cancelled" : error.status === 404 ? "The server keeps this request no longer" : "Failed");
   finish(watch);
   if (!isCancelled) showFaults(error instanceof ApiError ? error : new Error("The server cannot be reached."));

@@ -396,6 +396,37 @@ def test_the_gateway_dies_in_the_middle(program: Program, locked: LiveServer, pi
     assert "denoise 100/100" in tab.text("#log") and tab.text("#log").count("decode done") == 1
 
 
+def test_a_preview_while_it_runs(tab: Tab, picture: bytes) -> None:
+    """What there is so far is shown beside the picture, newer and newer; in the end the result is in its place."""
+    shown = "document.querySelector('.after img')?.src"
+    tag = "document.querySelector('.tag.right').textContent"
+    tab.drop(picture)
+    tab.set("num_inference_steps", 100)
+    tab.run()
+    tab.wait(f"{tag} === 'Preview' && {PAIR}")
+    first, caption = tab.ask(shown), tab.text("#phase")
+    tab.wait(f"{shown} !== {json.dumps(first)}")
+    second = tab.ask(shown)
+    tab.wait(f"{tag} === 'After' && {PAIR}")
+
+    assert first.startswith("blob:") and second != first and caption == "Denoise"
+    assert "/files/out/" in tab.ask(shown) and tab.text("#caption").startswith("128 × 96 px")
+    assert tab.console == []
+
+
+def test_a_cancelled_request_leaves_no_preview(tab: Tab, picture: bytes) -> None:
+    """The picture is alone again."""
+    tab.drop(picture)
+    tab.set("num_inference_steps", 200)
+    tab.run()
+    tab.wait(PAIR)
+    tab.do("click", selector="#cancel")
+    tab.wait_for_phase("Cancelled")
+    tab.wait(SINGLE)
+
+    assert tab.console == [] or all("499" in line for line in tab.console)
+
+
 def test_on_the_pocket_weights(program: Program, server: LiveServer, picture: bytes) -> None:
     """The real pipeline's stages are followed, and before anything is run the page says what it may be expected of."""
     tab = Tab(program, server).open()

@@ -50,9 +50,11 @@ class FakePipeline:
         if prompt.startswith("deadly"):
             os._exit(9)
         num_steps = params.get("num_inference_steps", DEFAULT_STEPS)
-        with stages.stage("denoise", num_steps) as step:
+        paint = lambda n: picture.resize((64, 48)).point(lambda level: level * n // num_steps)  # noqa: E731
+        with stages.painting(paint), stages.stage("denoise", num_steps) as step:
             for n in range(num_steps):
                 time.sleep(self.step_s)
+                stages.watch(lambda n=n: n + 1)  # type: ignore[misc]
                 step(n + 1)
         size = (round(picture.width * params["scale"]), round(picture.height * params["scale"]))
         with stages.stage("png"):

@@ -15,10 +15,11 @@ from pipelines.errors import ImageTooSmall, InvalidParams, NonFiniteResult, Unsu
 from pipelines.progress import Report
 from server.endpoints import ENDPOINTS
 from server.engine import Work
+from server.engine.local import preview_path
 from server.inputs import FileTooLarge
 from server.ledger import NewLog, Outcome
 from server.settings import Settings
-from server.slot import DeviceUnusable, Diary, LocalRun, NotMade, SlotHost, line_of, outcome_of
+from server.slot import DeviceUnusable, Diary, LocalRun, NotMade, PreviewFile, SlotHost, line_of, outcome_of
 from server.storage import Storage
 from tests.server.fake_pipeline import PIPELINES
 from weights.store import WeightStore
@@ -223,6 +224,44 @@ def test_long_work_without_steps_gives_signs(monkeypatch: pytest.MonkeyPatch) ->
     diary.report(Report(stage="vae"))
 
     assert [line.message for line in lines] == ["vae goes on"]
+
+
+def test_a_run_shows_previews_while_it_lasts(host: SlotHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest one lies in a file as JPEG, whole at any time, and is gone when the run is over, however it ended."""
+    monkeypatch.setattr("server.slot.PREVIEW_S", 0.0)
+    monkeypatch.setattr("server.slot.PREVIEW_REST", 0)
+    sizes = set()
+
+    def look(line: NewLog) -> None:
+        if line.message.startswith("denoise ") and "/" in line.message:
+            with Image.open(preview_path(tmp_path, "t1")) as shown:
+                sizes.add((shown.format, shown.size))
+
+    host.run(work(num_inference_steps=3), look, lambda: False)
+    cancelled = host.run(work(num_inference_steps=3), lambda line: None, lambda: bool(list(tmp_path.glob("*.jpg"))))
+
+    assert sizes == {("JPEG", (64, 48))} and cancelled.status == 499
+    assert list(tmp_path.glob("*.jpg")) == list(tmp_path.glob("*.part")) == []
+
+
+def test_previews_take_little_time_and_no_run_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first comes after a second, then as long as making one took, nothing is made for sixty times that."""
+    now = [100.0]
+    monkeypatch.setattr("server.slot.time.monotonic", lambda: now[0])
+    made: list[float] = []
+
+    def make() -> None:
+        made.append(now[0])
+        now[0] += 0.1
+        raise ValueError("no picture")
+
+    file = PreviewFile(tmp_path / "x.jpg")
+    for _ in range(200):
+        file.offer(make)
+        now[0] += 0.25
+
+    assert made[0] == 101.0 and len(made) == 9
+    assert len(made) * 0.1 < 0.02 * (now[0] - 100.0)
 
 
 def test_a_local_run_writes_its_picture_whole_or_not_at_all(settings: Settings, tmp_path: Path) -> None:

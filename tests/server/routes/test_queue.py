@@ -13,12 +13,14 @@ from unittest.mock import ANY
 import pytest
 from starlette.testclient import TestClient
 
+from server.app import create_app
+from server.engine.local import preview_path, scratch_of
 from server.errors import model_error
 from server.ledger import Blob
 from server.routes import queue
 from server.settings import Settings
 from server.storage import Storage
-from tests.server.fake_slot import PICTURE, FakeSlot
+from tests.server.fake_slot import PICTURE, TOKEN, FakeSlot
 
 APP = "/queue/fal-ai/creative-upscaler"
 IMAGE = {"image_url": "https://example.com/a.png", "prompt": "an owl"}
@@ -313,3 +315,34 @@ def test_preflights_and_answers_let_browsers_in(client: TestClient) -> None:
     assert preflight.headers["access-control-allow-headers"] == "authorization,x-fal-a"
     assert "PUT" in preflight.headers["access-control-allow-methods"] and preflight.headers["x-fal-request-id"]
     assert "x-fal-request-id" in answer.headers["access-control-expose-headers"]
+
+
+def test_the_preview_of_a_running_request(client: TestClient, slot: FakeSlot, app_settings: Settings) -> None:
+    """Nothing while it waits and when it is over; the newest picture while it runs; nobody else's under its address."""
+    request_id = submit(client)
+    url = f"{APP}/requests/{request_id}/preview"
+    waiting = client.get(url)
+    slot.start(request_id)
+    without = client.get(url)
+    path = preview_path(scratch_of(app_settings, "slot-0"), TOKEN)
+    path.parent.mkdir()
+    path.write_bytes(b"a picture")
+    running = client.get(url)
+    changes = (("fal-ai/creative", "fal-ai/clarity"), (request_id, request_id[::-1]))
+    elsewhere = [client.get(url.replace(*change)) for change in changes]
+    slot.finish(request_id)
+    after = client.get(url)
+
+    assert [answer.status_code for answer in (waiting, without, running, after)] == [204, 204, 200, 204]
+    assert (running.content, running.headers["content-type"]) == (b"a picture", "image/jpeg")
+    assert running.headers["cache-control"] == "no-store"
+    assert {answer.status_code for answer in elsewhere} == {404}
+
+
+def test_the_preview_wants_the_key(app_settings: Settings) -> None:
+    """As the status does."""
+    settings = app_settings.model_copy(update={"api_keys": ["secret"]})
+    with TestClient(create_app(settings), base_url="http://127.0.0.1:8000") as client:
+        answer = client.get(f"{APP}/requests/5d2c1c1c-0000-4000-8000-000000000000/preview")
+
+    assert answer.status_code == 401
