@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,12 @@ from benchmarks.quality import borders
 from pipelines import clarity_upscaler
 from pipelines.clarity_upscaler import ClarityUpscaler, Params, plan_passes
 from pipelines.delivery import opaque
-from pipelines.errors import Cancelled
+from pipelines.errors import Cancelled, ImageLoadError
 from pipelines.images import decode
 from pipelines.progress import Report
 from pipelines.staged import in_doublings
 from tests.conftest import png_bytes
-from tests.pipelines.staging import KINDS, encoded, pocket_models, run
+from tests.pipelines.staging import DAMAGED, KINDS, LIMITS, encoded, pocket_models, run
 from weights.store import WeightStore
 
 QUICK = Params(
@@ -191,13 +192,23 @@ def test_the_hint_is_the_passs_input(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pictures_of_every_kind(pipeline: ClarityUpscaler, kind: str) -> None:
-    """One pixel, grey, 16 bits, palette, CMYK, an animation and transparency: the exact size, the right colour."""
+    """One pixel, grey, 16 bits, CMYK, every format, turned, transparent or with a profile: exact size, right colour."""
     make, mode, colour = KINDS[kind]
     picture, _, _ = run(pipeline, make(), replace(QUICK, strength=0.2, guidance_scale=1.0))
 
     assert picture.mode == mode
     assert picture.size == ((2, 2) if kind == "one pixel" else (48, 32))
     assert np.abs(np.asarray(picture.convert("RGB"), dtype=int)[-1, -1] - colour).max() <= 12
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_what_is_no_picture_is_an_error(pipeline: ClarityUpscaler, damage: str) -> None:
+    """A truncated or foreign file is the caller's fault, told as such before anything is written."""
+    output = BytesIO()
+    with pytest.raises(ImageLoadError):
+        pipeline(DAMAGED[damage](), QUICK, limits=LIMITS, output=output, progress=lambda report: None)
+
+    assert output.getvalue() == b""
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.35])

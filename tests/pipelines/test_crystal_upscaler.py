@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,9 @@ from benchmarks.quality import borders
 from pipelines import crystal_upscaler, multidiffusion
 from pipelines.crystal_upscaler import CrystalUpscaler, Params, plan_output, plan_passes
 from pipelines.delivery import describe_tiles
-from pipelines.errors import ImageTooLarge
+from pipelines.errors import ImageLoadError, ImageTooLarge
 from pipelines.tiling import Grid, Tile, surround
-from tests.pipelines.staging import KINDS, LIMITS, encoded, pocket_models, run
+from tests.pipelines.staging import DAMAGED, KINDS, LIMITS, encoded, pocket_models, run
 from weights.detect import SD_1_5
 from weights.store import WeightStore
 
@@ -221,13 +222,23 @@ def test_tile_borders_do_not_show(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pictures_of_every_kind(pipeline: CrystalUpscaler, kind: str) -> None:
-    """One pixel, grey, 16 bits, palette, CMYK, an animation and transparency: the exact size, the right colour."""
+    """One pixel, grey, 16 bits, CMYK, every format, turned, transparent or with a profile: exact size, right colour."""
     make, mode, colour = KINDS[kind]
     picture, _, _ = run(pipeline, make(), replace(FAITHFUL, scale=3.0))
 
     assert picture.mode == mode
     assert picture.size == ((3, 3) if kind == "one pixel" else (72, 48))
     assert np.abs(np.asarray(picture.convert("RGB"), dtype=int)[-1, -1] - colour).max() <= 12
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_what_is_no_picture_is_an_error(pipeline: CrystalUpscaler, damage: str) -> None:
+    """A truncated or foreign file is the caller's fault, told as such before anything is written."""
+    output = BytesIO()
+    with pytest.raises(ImageLoadError):
+        pipeline(DAMAGED[damage](), FAITHFUL, limits=LIMITS, output=output, progress=lambda report: None)
+
+    assert output.getvalue() == b""
 
 
 def test_a_long_strip_works(pipeline: CrystalUpscaler) -> None:
