@@ -47,7 +47,7 @@ from server.supervisor import (
 from server.weights_commands import weights_commands
 from weights.catalogue import UnknownName
 from weights.lock import LockUnreadable
-from weights.pull import NoSpace
+from weights.placing import NoSpace
 from weights.store import WeightsMissing, open_store
 
 Weights = Literal["pocket", "full", "auto"]

@@ -6,6 +6,7 @@ meant, 130 when Ctrl-C stopped it.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -23,8 +24,10 @@ from rich.table import Table
 from server.settings import Settings
 from weights.carry import bring, leftovers, recognise, remove
 from weights.catalogue import BY_HAND, PARTS, Part, endpoints_using, parts_for
-from weights.lock import LockedPart, faults, is_whole, read_lock, size_of
-from weights.pull import Hub, only_one, pull, staging
+from weights.listing import Hub
+from weights.lock import LockedPart, faults, read_lock, size_of
+from weights.placing import is_complete, only_one, staging
+from weights.pull import pull
 
 INTERRUPTED = 130
 LINE_EVERY_S = 30.0
@@ -50,12 +53,19 @@ def weights_commands() -> typer.Typer:
     return commands
 
 
-def list_parts(names: Names = None, data: Data = None) -> None:
+def list_parts(
+    names: Names = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With files and alternatives, for programs.")] = False,
+    data: Data = None,
+) -> None:
     """Say of every model what it is, whether it is here, how large it is and what its license allows."""
     settings = settings_at(data)
     root = settings.full_weights_dir
     lock = read_lock(root)
     parts = parts_for(names, settings.full_flux_profile) if names else list(PARTS.values())
+    if as_json:
+        typer.echo(json.dumps([told_of(part, root, lock) for part in parts], indent=1))
+        return
     table = Table("part", "state", "GB", "license", "commercial use", "gated", "repository", "used by", box=None)
     for part in parts:
         used_by = ", ".join(endpoint.partition("/")[2] for endpoint in endpoints_using(part.folder))
@@ -81,10 +91,29 @@ def list_parts(names: Names = None, data: Data = None) -> None:
     typer.echo(f"Folder: {root}")
 
 
+def told_of(part: Part, root: Path, lock: dict[str, LockedPart]) -> dict[str, Any]:
+    """All that is known of a part."""
+    revision = lock[part.folder].revision if part.folder in lock else None
+    return {
+        "part": part.folder,
+        "title": part.title,
+        "state": state_of(part, root, lock),
+        "repository": part.repository,
+        "revision": revision,
+        "files": [file.path for file in part.files],
+        "size_bytes": size_of([lock[part.folder]]) if part.folder in lock else part.size_bytes,
+        "license": part.license,
+        "commercial_use": part.commercial,
+        "gated": part.gated,
+        "alternatives": part.alternatives,
+        "endpoints": endpoints_using(part.folder),
+    }
+
+
 def state_of(part: Part, root: Path, lock: dict[str, LockedPart]) -> str:
     """A part's state in a word or two."""
     if part.folder in lock:
-        return "present" if is_whole(root, part.folder, lock[part.folder]) else "damaged"
+        return "present" if is_complete(part, root, lock) else "damaged"
     if not part.missing(root):
         return "present, by hand"
     return "unfinished" if staging(root, part).is_dir() else "missing"

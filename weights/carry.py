@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from weights.catalogue import OWN_PARTS, PARTS, File, IncompleteSource, Part, choose, is_recognised
 from weights.header import UnsuitableFile, read_header
 from weights.lock import LOCK_FILE, LockedPart, is_whole, read_lock, sha256_of
-from weights.pull import PARTIAL, SPARE_BYTES, NoSpace, only_one, place, staging
+from weights.placing import PARTIAL, SPARE_BYTES, NoSpace, is_complete, only_one, place, staging
 
 MAX_DEPTH = 6
 SKIPPED = {".git", "blobs", ".cache", PARTIAL}
@@ -149,7 +149,7 @@ def bring(
         lock = read_lock(root)
         wanted = []
         for each in found:
-            if each.part.folder in lock and is_whole(root, each.part.folder, lock[each.part.folder]):
+            if is_complete(PARTS[each.part.folder], root, lock):
                 note(f"{each.part.folder}: is there already, kept")
             else:
                 wanted.append(each)

@@ -14,54 +14,28 @@ away what came of a file when it is interrupted. A part that is complete is neve
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 from urllib.parse import quote
 
 import httpx2
 
-from weights import unpickle
-from weights.catalogue import IncompleteSource, Part, choose
+from weights.catalogue import Part
 from weights.header import UnsuitableFile
-from weights.lock import LockedFile, LockedPart, is_whole, locked_file, read_lock, sha256_of, write_json, write_lock
+from weights.listing import MAX_TRIES, TIMEOUT_S, Failed, Hub, Remote, how_to_be_let_in, is_passing, listing_of
+from weights.lock import read_lock, sha256_of, write_json
+from weights.placing import SPARE_BYTES, NoSpace, is_complete, only_one, place, staging
 
-PARTIAL = ".partial"
 NUM_STREAMS = 6
 """Files that come at a time."""
-MAX_TRIES = 6
-"""Times in a row that a file may bring nothing."""
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 60.0
-TIMEOUT_S = 30.0
-SPARE_BYTES = 2**30
-"""Disk space that is left to others."""
-LOCK_POLL_S = 0.2
-
-
-class Failed(Exception):
-    """A part cannot be had; the message says why and what to do."""
-
-
-class NoSpace(Exception):
-    """The disk is too small for what was asked for; nothing was fetched."""
-
-
-class Hub(NamedTuple):
-    """A model hub or its mirror: URL without a slash at its end, and the token to show, if there is one."""
-
-    url: str
-    token: str | None
 
 
 class Report(Protocol):
@@ -78,22 +52,6 @@ class Report(Protocol):
 
     def finished(self, part: Part) -> None:
         """A part is complete."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Remote:
-    """A file in a repository, and where in the part's folder it belongs; what the hub did not say is None."""
-
-    path: str
-    source: str
-    size_bytes: int
-    sha256: str | None
-    git_sha1: str | None
-
-    @property
-    def is_pickle(self) -> bool:
-        """Whether it has to be converted."""
-        return self.source.endswith(".bin") and self.path.endswith(".safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,29 +94,6 @@ class Plan:
         return sum(file.size_bytes for file in self.files if file.is_pickle or self.part.converted)
 
 
-def staging(root: Path, part: Part) -> Path:
-    """Where the files of a part wait."""
-    return root / PARTIAL / part.folder.replace("/", "--")
-
-
-@contextmanager
-def only_one(root: Path, note: Callable[[str], None]) -> Iterator[None]:
-    """Wait until no other process changes the set, and be the one that does."""
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / ".lock").open("w") as lock:
-        told = False
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not told:
-                    note(f"another process is changing {root}: waiting for it")
-                    told = True
-                time.sleep(LOCK_POLL_S)
-        yield
-
-
 def pull(
     parts: Sequence[Part],
     root: Path,
@@ -188,8 +123,7 @@ def pull(
         lock = read_lock(root)
         wanted = []
         for part in parts:
-            is_locked = part.folder in lock and is_whole(root, part.folder, lock[part.folder])
-            if is_locked and not update:
+            if is_complete(part, root, lock) and not update:
                 shutil.rmtree(staging(root, part), ignore_errors=True)
                 continue
             if part.folder not in lock and not part.missing(root) and not staging(root, part).is_dir():
@@ -264,61 +198,8 @@ class _Pull:
 
     def _resolved(self, part: Part) -> Plan:
         """Ask the hub for the newest commit of a repository and its files."""
-        info = self._repository(part)
-        if info.gated and not self.hub.token:
-            raise Failed(self._how_to_be_let_in(part))
-        siblings = {entry.rfilename: entry for entry in info.siblings or ()}
-        try:
-            chosen = choose(part, siblings)
-        except IncompleteSource as error:
-            raise Failed(f"{error} at {info.sha}, which has {', '.join(sorted(siblings)) or 'no files'}") from error
-        if lengthless := [name for name in chosen.values() if siblings[name].size is None]:
-            raise Failed(f"{self.hub.url} does not say how long {lengthless[0]} is")
-        files = []
-        for path, name in chosen.items():
-            entry = siblings[name]
-            sha256 = entry.lfs.sha256 if entry.lfs else None
-            git_sha1 = None if entry.lfs else entry.blob_id
-            files.append(Remote(path=path, source=name, size_bytes=entry.size, sha256=sha256, git_sha1=git_sha1))
-        license = info.card_data.get("license") if info.card_data else None
-        return Plan(part=part, root=self.root, revision=str(info.sha), license=license, files=tuple(files))
-
-    def _repository(self, part: Part) -> Any:
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
-
-        api = HfApi(endpoint=self.hub.url, token=self.hub.token or False)
-        for attempt in range(MAX_TRIES):
-            try:
-                return api.model_info(part.repository, files_metadata=True, timeout=TIMEOUT_S)
-            except GatedRepoError as error:
-                raise Failed(self._how_to_be_let_in(part)) from error
-            except RepositoryNotFoundError as error:
-                raise Failed(f"{self.hub.url} does not know the repository {part.repository}") from error
-            except OfflineModeIsEnabled as error:
-                raise Failed("HF_HUB_OFFLINE is set: unset it to pull, or use `weights import`") from error
-            except (HfHubHTTPError, httpx2.TransportError) as error:
-                response = getattr(error, "response", None)
-                if (response is not None and not _is_passing(response.status_code)) or attempt == MAX_TRIES - 1:
-                    reason = (
-                        f"answered {response.status_code}" if response is not None else f"cannot be reached: {error}"
-                    )
-                    raise Failed(
-                        f"{self.hub.url} {reason}. Set HF_ENDPOINT to a mirror, or carry the files over and use "
-                        "`weights import`"
-                    ) from error
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise Failed(f"{self.hub.url} does not answer as a model hub does: {error}") from error
-            self.stopped.wait(self._wait_s(attempt))
-        raise AssertionError("the last try returns or raises")
-
-    def _how_to_be_let_in(self, part: Part) -> str:
-        what = "the account of your token has not been let in" if self.hub.token else "no token is set"
-        return (
-            f"{part.repository} is gated ({part.license}) and {what}. Accept the license at "
-            f"{self.hub.url}/{part.repository}, make a token with read access at {self.hub.url}/settings/tokens, and "
-            "set HF_TOKEN or run `hf auth login`"
-        )
+        listing = listing_of(part, self.hub, lambda attempt: self.stopped.wait(self._wait_s(attempt)))
+        return Plan(part=part, root=self.root, revision=listing.revision, license=listing.license, files=listing.files)
 
     def _check_space(self, plans: Sequence[Plan]) -> None:
         missing = sum(plan.missing_bytes() for plan in plans)
@@ -384,7 +265,7 @@ class _Pull:
         present = _size(partial)
         headers = {"range": f"bytes={present}-"} if present else {}
         async with client.stream("GET", url, headers=headers) as answer:
-            if _is_passing(answer.status_code):
+            if is_passing(answer.status_code):
                 asked = answer.headers.get("retry-after", "")
                 return min(float(asked), LONGEST_WAIT_S) if asked.isdecimal() else None
             self._check_answer(plan, file, answer)
@@ -407,7 +288,7 @@ class _Pull:
         if status in (200, 206, 416):
             return
         if status in (401, 403):
-            raise Failed(self._how_to_be_let_in(part))
+            raise Failed(how_to_be_let_in(part, self.hub))
         if status == 404:
             # Another run shall ask for the newest commit.
             (plan.folder / "plan.json").unlink(missing_ok=True)
@@ -449,81 +330,6 @@ class _Pull:
         shutil.rmtree(plan.folder)
 
 
-def place(
-    part: Part,
-    root: Path,
-    staged: dict[str, Path],
-    sources: dict[str, str],
-    *,
-    revision: str | None,
-    license: str | None,
-    poll: Callable[[], None],
-) -> None:
-    """Move the complete files of a part into the set, converted where it says so, and lock them.
-
-    Args:
-        part: The part.
-        root: Folder of the set.
-        staged: Files by their path in the part's folder, in a folder of their own on the same disk; all are taken away.
-        sources: Their names in the repository.
-        revision: The commit, if known.
-        license: What the hub said.
-        poll: Called now and then; may raise to stop.
-
-    Raises:
-        UnsuitableFile: A conversion refuses a file.
-    """
-    made_from = {}
-    files = {path: (file, sources[path]) for path, file in staged.items()}
-    for path, (file, source) in list(files.items()):
-        if file.name.endswith(".safetensors.bin"):
-            made_from[source] = locked_file(file, source)
-            files[path] = (file.with_suffix(""), "")
-            unpickle.convert(file, file.with_suffix(""), poll)
-    if part.converted:
-        made_from = {source: locked_file(file, source) for file, source in files.values()}
-        made = _converted(part, [file for file, _ in files.values()], staging(root, part) / "made", poll)
-        files = {path: (made / path, "") for path in part.made}
-    locked = {path: locked_file(file, source) for path, (file, source) in files.items()}
-    for path, (file, _) in files.items():
-        target = root / part.folder / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        file.replace(target)
-    entry = LockedPart(
-        repository=part.repository, revision=revision, license=license, files=locked, made_from=made_from
-    )
-    write_lock(root, read_lock(root) | {part.folder: entry})
-
-
-def _converted(part: Part, files: Sequence[Path], made: Path, poll: Callable[[], None]) -> Path:
-    """Run a part's conversion in a process of its own, which takes its memory with it."""
-    shutil.rmtree(made, ignore_errors=True)
-    command = [sys.executable, "-m", "weights.convert", part.converted, *map(str, files), str(made)]
-    here = str(Path(__file__).resolve().parent.parent)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
-    try:
-        while True:
-            poll()
-            try:
-                _, complaint = process.communicate(timeout=0.5)
-                break
-            except subprocess.TimeoutExpired:
-                continue
-    finally:
-        process.kill()
-        process.wait()
-    if process.returncode != 0:
-        last = (complaint.strip().splitlines() or ["without a word"])[-1]
-        raise UnsuitableFile(f"{part.repository} could not be converted: {last}")
-    return made
-
-
-def _is_passing(status: int) -> bool:
-    """Whether a status says to try again."""
-    return status in (408, 425, 429) or status >= 500
-
-
 def _goes_on(answer: httpx2.Response, present: int) -> bool:
     """Whether an answer continues what is there."""
     if answer.status_code == 206:
@@ -540,6 +346,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
-
-
-__all__ = ["PARTIAL", "Failed", "Hub", "LockedFile", "NoSpace", "Report", "only_one", "place", "pull", "staging"]

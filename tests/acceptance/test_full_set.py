@@ -31,11 +31,12 @@ from tests.pipelines.test_flux2 import family, vae  # noqa: F401  # fixtures
 from tests.weights.hub_server import Repository, serving
 from tests.weights.test_convert import SMALL, small_checkpoint
 from tests.weights.test_pull import Told
-from weights import pull as pulling
+from weights import placing
 from weights.catalogue import CLARITY, CREATIVE, CRYSTAL, FLUX_VISION, PARTS, Part, needs_of, parts_for
 from weights.convert import convert_ccsr_v1
+from weights.listing import Hub
 from weights.lock import read_lock
-from weights.pull import Hub, pull
+from weights.pull import pull
 from weights.store import POCKET_FOLDER
 
 IN_OPEN = 0x20
@@ -115,7 +116,7 @@ def full_set(
     published = repositories(tmp_path_factory.mktemp("published"), family, vae)
     with serving(published) as hub, pytest.MonkeyPatch.context() as patch:
         # The published checkpoint's architecture takes gigabytes.
-        patch.setattr(pulling, "_converted", convert)
+        patch.setattr(placing, "_converted", convert)
         hub.tokens = {"hf_token"}
         parts = {part.folder: part for profile in ("flux1-dev", "flux2-klein-4b") for part in parts_for((), profile)}
         assert set(parts) == set(PARTS)

@@ -52,6 +52,7 @@ class Hub:
         faults: For files by `repository/path`: what the next answers do, a status or a number of bytes before the end.
         pause_s: Before each chunk.
         takes_ranges: Whether a part of a file can be had.
+        tells_sizes: Whether the list of files has their sizes and hashes.
     """
 
     repositories: dict[str, Repository]
@@ -64,6 +65,7 @@ class Hub:
     flipped: set[str] = field(default_factory=set)
     pause_s: float = 0.0
     takes_ranges: bool = True
+    tells_sizes: bool = True
 
     def file(self, repository: str, path: str) -> bytes:
         """The bytes that are sent for a file."""
@@ -106,8 +108,10 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = []
         for path, content in repository.files.items():
             size = repository.sizes.get(path, len(content))
-            entry: dict[str, Any] = {"rfilename": path, "size": size, "blobId": git_sha1(content)}
-            if path.endswith(LFS_SUFFIXES):
+            entry: dict[str, Any] = {"rfilename": path}
+            if self.hub.tells_sizes:
+                entry |= {"size": size, "blobId": git_sha1(content)}
+            if path.endswith(LFS_SUFFIXES) and self.hub.tells_sizes:
                 entry["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": size, "pointerSize": 134}
             siblings.append(entry)
         body = {

@@ -12,8 +12,9 @@ from tests.weights.hub_server import Repository, git_sha1, serving
 from tests.weights.repositories import published
 from weights.carry import bring, leftovers, recognise, remove
 from weights.catalogue import PARTS
+from weights.listing import Hub
 from weights.lock import faults, read_lock
-from weights.pull import Hub, pull
+from weights.pull import pull
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 BY_NAME = ("sd15", "safety-checker", "vae", "sdxl", "sdxl/vae", "flux1-dev", "vision-captioner", "controlnet-tile-sdxl")

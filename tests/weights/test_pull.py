@@ -23,11 +23,13 @@ from tests.weights.hub_server import Hub as Server
 from tests.weights.hub_server import Repository, serving
 from tests.weights.repositories import published, tensors
 from tests.weights.test_convert import SMALL, small_checkpoint
-from weights import pull as pulling
+from weights import placing
 from weights.catalogue import PARTS, Part
 from weights.convert import convert_ccsr_v1
+from weights.listing import Hub
 from weights.lock import faults, read_lock
-from weights.pull import Hub, NoSpace, pull
+from weights.placing import NoSpace
+from weights.pull import pull
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 UNET = f"{SD15}/unet/diffusion_pytorch_model.fp16.safetensors"
@@ -56,8 +58,7 @@ class Told:
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(pulling, "FIRST_WAIT_S", 0.01)
+def server() -> Iterator[Server]:
     with serving(published()) as hub:
         yield hub
 
@@ -181,6 +182,16 @@ def test_a_hub_that_is_busy_at_first_is_asked_again(server: Server, tmp_path: Pa
     assert fetch(server, tmp_path, "sd15") == []
 
 
+def test_a_mirror_that_tells_no_sizes(server: Server, tmp_path: Path) -> None:
+    """Sizes and hashes come from the headers of each file then, and are compared all the same."""
+    server.tells_sizes = False
+
+    assert fetch(server, tmp_path, "sd15") == []
+    assert read_lock(tmp_path)["sd15"].revision == server.repositories[SD15].revision
+    server.flipped = {f"{KLEIN}/transformer/diffusion_pytorch_model.safetensors"}
+    assert "came twice with other contents" in fetch(server, tmp_path, "flux2-klein-4b")[0]
+
+
 def test_a_host_without_ranges_is_asked_from_the_start(server: Server, tmp_path: Path) -> None:
     """Where a part cannot be had, the file comes whole, and right."""
     server.takes_ranges = False
@@ -284,7 +295,7 @@ def test_ccsr_is_converted(server: Server, tmp_path: Path, monkeypatch: pytest.M
         convert_ccsr_v1(files[0], made, architecture=SMALL)
         return made
 
-    monkeypatch.setattr(pulling, "_converted", convert)
+    monkeypatch.setattr(placing, "_converted", convert)
     root = tmp_path / "set"
 
     assert fetch(server, root, "ccsr-v1") == []
