@@ -169,7 +169,7 @@ class Settings(BaseSettings):
     max_weights_mb: float = Field(
         16384.0, gt=0, description="Largest LoRA, embedding or base model fetched by URL, MB of 2^20 bytes."
     )
-    weights_timeout_s: float = Field(1800.0, gt=0, description="Seconds that fetching a file of weights may take.")
+    weights_timeout_s: float = Field(1800.0, gt=0, description="Seconds that fetching a request's weights may take.")
     weights_cache_gb: float = Field(
         50.0, gt=0, description="GB of 2^30 bytes for fetched weights on disk; the least recently used go first."
     )

@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.config import JsonDict
 
 from server.endpoints.endpoint import Endpoint, Job
 from server.endpoints.fields import Prompt, Seed, Text
@@ -37,6 +38,11 @@ FIELDS = {
     "embedding": "additional_embedding_url",
 }
 """Parameters whose values can turn out to be of no use only where the models are."""
+
+
+def hint(text: str) -> JsonDict:
+    """What this server adds to a field's description, which stays fal's own."""
+    return {"x-hint": text}
 
 
 class CreativeUpscalerInput(BaseModel):
@@ -116,15 +122,25 @@ class CreativeUpscalerInput(BaseModel):
         "being processed by the creativity model.",
     )
     override_size_limits: bool = Field(False, description="Allow for large uploads that could take a very long time.")
-    base_model_url: Text | None = Field(None, description="The URL to the base model to use for the upscaling")
+    base_model_url: Text | None = Field(
+        None,
+        description="The URL to the base model to use for the upscaling",
+        json_schema_extra=hint("A safetensors checkpoint, or a repository owner/name of the model hub."),
+    )
     additional_lora_url: Text | None = Field(
-        None, description="The URL to the additional LORA model to use for the upscaling. Default is None"
+        None,
+        description="The URL to the additional LORA model to use for the upscaling. Default is None",
+        json_schema_extra=hint("A safetensors file of the family that model_type names."),
     )
     additional_lora_scale: float = Field(
         1, description="The scale of the additional LORA model to use for the upscaling. Default is 1.0"
     )
     additional_embedding_url: Text | None = Field(
-        None, description="The URL to the additional embeddings to use for the upscaling. Default is None"
+        None,
+        description="The URL to the additional embeddings to use for the upscaling. Default is None",
+        json_schema_extra=hint(
+            "The word for it in prompts is the file's name without its ending; 'embedding' if it is a data URI."
+        ),
     )
 
 

@@ -178,7 +178,7 @@ function makeField(name, schema, isRequired, onEdit) {
 
 /** The description with range and default after it. */
 function describe(schema) {
-  const text = (schema.description ?? "").replace(/\s+/g, " ").trim();
+  const text = [schema.description, schema["x-hint"]].filter(Boolean).join(". ").replace(/\s+/g, " ").trim();
   const facts = [];
   const { minimum, maximum } = schema;
   if (minimum !== undefined && maximum !== undefined) facts.push(`${minimum} to ${maximum}`);

@@ -47,6 +47,16 @@ def test_input_is_the_documented_one(endpoint: Any) -> None:
             assert JSON_TYPES[field["type"]] in kinds
 
 
+def test_what_this_server_adds_to_a_field_stands_beside_fals_words() -> None:
+    """Which word an embedding answers to is told where the field is described."""
+    properties = UPSCALER.input_model.model_json_schema()["properties"]
+
+    hints = {name: field["x-hint"] for name, field in properties.items() if "x-hint" in field}
+
+    assert hints.keys() == {"base_model_url", "additional_lora_url", "additional_embedding_url"}
+    assert "file's name" in hints["additional_embedding_url"] and "'embedding'" in hints["additional_embedding_url"]
+
+
 def test_fields_are_translated_once() -> None:
     """fal's words become the pipeline's."""
     job = UPSCALER.job(
