@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import shlex
+import shutil
 import signal
 import socket
 import sys
@@ -201,11 +202,17 @@ def serve(
             https=settings.tls_port and f"https://{settings.host}:{settings.tls_port}",
             weights=store.name,
             slots=[f"{one.id}: {one.device}" for one in planned],
-            clients=f'eval "$(creative-upscaler env --data {shlex.quote(str(settings.data))})"',
+            clients=f'eval "$({own_command()} env --data {shlex.quote(str(settings.data))})"',
         )
         supervisor = Supervisor(settings, plan_roles(settings, planned))
         status = asyncio.run(supervisor.run())
     raise typer.Exit(status)
+
+
+def own_command() -> str:
+    """How a shell calls this program, which need not be on its path."""
+    name = "creative-upscaler"
+    return name if shutil.which(name) else shlex.quote(str(Path(sys.executable).with_name(name)))
 
 
 def refuse_open_door(settings: Settings) -> None:
