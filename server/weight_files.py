@@ -112,10 +112,10 @@ class WeightFiles:
             return BaseFiles(name=file.name, files={"checkpoint": file})
         if parameter == "base_model":
             return self._bases.find(reference, family, poll)
-        check = CHECKS[parameter]
-        found = self._cache.fetch(reference, lambda path: check(read_header(path), family), poll)
-        is_named = not reference.startswith(BLOB) or is_public(reference.removeprefix(BLOB))
-        return found if is_named else replace(found, name=UNNAMED)
+        check, url = CHECKS[parameter], self._bases.address_of(reference)
+        found = self._cache.fetch(url, lambda path: check(read_header(path), family), poll)
+        has_no_name = url.startswith(BLOB) and not is_public(url.removeprefix(BLOB))
+        return replace(found, name=UNNAMED) if has_no_name and parameter == "embedding" else found
 
     @contextmanager
     def _open(self, url: str, headers: Mapping[str, str], poll: Poll) -> Iterator[Answer]:

@@ -27,6 +27,8 @@ from weights.detect import check_checkpoint, check_unet, check_unet_config
 from weights.fetch import Poll, WeightCache, WeightFile
 from weights.header import UnsuitableFile, read_header
 
+PUBLIC_HUB = "https://huggingface.co"
+"""What addresses on the web name; a mirror in its place serves them."""
 MAX_JSON_BYTES = 2**23
 MAIN = "main"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -114,18 +116,24 @@ class BaseModels:
         place = self._on_hub(reference)
         if place is not None and not place.is_file:
             return self._repository(place, family, poll)
-        url = reference if place is None else self._url_of(place, place.path)
+        url = self.address_of(reference)
         file = self.cache.fetch(url, lambda path: check_checkpoint(read_header(path), family), poll)
         return BaseFiles(name=file.name, files={CHECKPOINT: file})
 
+    def address_of(self, reference: str) -> str:
+        """The URL of a file: for the page about one on the hub, that of the file itself, at the hub that is in use."""
+        place = self._on_hub(reference.strip())
+        return reference if place is None or not place.is_file else self._url_of(place, place.path)
+
     def _on_hub(self, reference: str) -> _Place | None:
-        """What is meant on the hub; None for a URL of its own."""
+        """What is meant on the hub, or on the one that ours stands for; None for a URL of its own."""
         if (name := _REPOSITORY.fullmatch(reference)) is not None:
             return _Place(name[1], name[2] or MAIN, "", is_file=False)
-        if not reference.startswith(self.hub + "/"):
+        hub = next((hub for hub in (self.hub, PUBLIC_HUB) if reference.startswith(hub + "/")), None)
+        if hub is None:
             return None
-        path = urllib.parse.unquote(urllib.parse.urlsplit(reference.removeprefix(self.hub)).path)
-        owner, name_, kind, revision, *rest = [*path.strip("/").split("/"), "", "", ""]
+        path = urllib.parse.urlsplit(reference.removeprefix(hub)).path.strip("/")
+        owner, name_, kind, revision, *rest = [*map(urllib.parse.unquote, path.split("/")), "", "", ""]
         inner, repository = "/".join(filter(None, rest)), f"{owner}/{name_}"
         if not _REPOSITORY.fullmatch(repository) or ".." in rest:
             return None
@@ -136,7 +144,8 @@ class BaseModels:
         return None
 
     def _url_of(self, place: _Place, path: str) -> str:
-        return f"{self.hub}/{place.repository}/resolve/{urllib.parse.quote(place.revision)}/{urllib.parse.quote(path)}"
+        revision = urllib.parse.quote(place.revision, safe="")
+        return f"{self.hub}/{place.repository}/resolve/{revision}/{urllib.parse.quote(path)}"
 
     def _repository(self, place: _Place, family: str, poll: Poll) -> BaseFiles:
         prefix = f"{place.path}/" if place.path else ""

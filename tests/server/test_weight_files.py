@@ -202,9 +202,11 @@ PARTS = ["unet/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_py
 def publish(files: FileServer, pages: dict[str, bytes], *, at: str = "main", name: str = "owner/name") -> None:
     """Put a repository on the hub: its list of files, and the files."""
     listing = {"siblings": [{"rfilename": path} for path in pages]}
-    revision = "" if at == "main" else f"/revision/{at.replace('/', '%2F')}"
-    files.pages[f"/api/models/{name}{revision}"] = Page(json.dumps(listing).encode())
-    files.pages |= {f"/{name}/resolve/{at}/{path}": Page(body) for path, body in pages.items()}
+    quoted = at.replace("/", "%2F")
+    files.pages[f"/api/models/{name}" + ("" if at == "main" else f"/revision/{quoted}")] = Page(
+        json.dumps(listing).encode()
+    )
+    files.pages |= {f"/{name}/resolve/{quoted}/{path}": Page(body) for path, body in pages.items()}
 
 
 def found_base(settings: Settings, reference: str, family: str = "SD_1_5") -> BaseFiles:
@@ -226,6 +228,20 @@ def test_a_repository_is_read_part_by_part(settings: Settings, files: FileServer
     assert not any(path.endswith((".bin", ".ckpt")) for path, _ in files.seen)
 
 
+@pytest.mark.parametrize("kind", ["blob", "resolve"])
+@pytest.mark.parametrize("parameter", ["lora", "base_model"])
+def test_addresses_of_the_public_hub_lead_to_its_mirror(
+    settings: Settings, files: FileServer, kind: str, parameter: str
+) -> None:
+    """A page about a file means the file, and where a mirror serves, nothing else is asked."""
+    files.pages["/owner/name/resolve/main/a%20b.safetensors"] = Page(LORA if parameter == "lora" else BASE)
+    page = f"https://huggingface.co/owner/name/{kind}/main/a%20b.safetensors?download=true"
+
+    found = WeightFiles(settings, Storage.open(settings)).get({parameter: page}, "SD_1_5", lambda: None)[parameter]
+
+    assert found.name == "a b.safetensors"
+
+
 LAYOUTS: dict[str, tuple[str, str, dict[str, bytes], dict[str, int]]] = {
     "half precision": (
         "owner/name",
@@ -235,6 +251,12 @@ LAYOUTS: dict[str, tuple[str, str, dict[str, bytes], dict[str, int]]] = {
     ),
     "a tag": ("owner/name@v1.0", "v1.0", {f"{PARTS[0]}.safetensors": save(UNET)}, {"unet": 1}),
     "a branch": ("owner/name@refs/pr/7", "refs/pr/7", {f"{PARTS[0]}.safetensors": save(UNET)}, {"unet": 1}),
+    "a page of a branch": (
+        "{hub}/owner/name/tree/refs%2Fpr%2F7",
+        "refs/pr/7",
+        {f"{PARTS[0]}.safetensors": save(UNET)},
+        {"unet": 1},
+    ),
     "a folder": ("{hub}/owner/name/tree/dev/sd", "dev", {f"sd/{PARTS[0]}.safetensors": save(UNET)}, {"unet": 1}),
     "shards": (
         "owner/name",
@@ -354,6 +376,35 @@ def test_a_path_is_a_file_for_the_command_line_only(settings: Settings, tmp_path
         local.get({"lora": str(tmp_path / "word.safetensors")}, "SD_1_5", lambda: None)
     with pytest.raises(FileRefused):
         WeightFiles(settings, Storage.open(settings)).get(wanted, "SD_1_5", lambda: None)
+
+
+def test_what_a_request_uses_is_not_evicted_while_it_runs(
+    host: SlotHost, settings: Settings, files: FileServer
+) -> None:
+    """Between the download and the moment when a file is read, another slot may need all the room there is."""
+    tiny = settings.model_copy(update={"weights_cache_gb": 1.5 * len(LORA) / 2**30})
+    others = WeightFiles(tiny, Storage.open(settings))
+    blobs = settings.fetched_weights_dir / "blobs"
+    during: list[int] = []
+
+    def emit(line: NewLog) -> None:
+        if line.message.startswith("denoise 1/"):
+            others.get({"embedding": files.url("/word.safetensors")}, "SD_1_5", lambda: None)
+            others.get({"lora": files.url("/larger.safetensors")}, "SD_1_5", lambda: None)
+            during.append(sum(path.read_bytes() == LORA for path in blobs.rglob("*.safetensors")))
+
+    larger = {f"{STEM}.lora_down.weight": torch.zeros(4, 768), f"{STEM}.lora_up.weight": torch.ones(320, 4)}
+    files.pages["/larger.safetensors"] = Page(save(larger))
+    endpoint = ENDPOINTS["fal-ai/creative-upscaler"]
+    payload = {"image_url": "blob:in/picture", "num_inference_steps": 1, "prompt": "a cat"}
+    payload["additional_lora_url"] = files.url("/lora.safetensors")
+    job = dict(endpoint.job(endpoint.parse(payload)))
+
+    outcome = host.run(Work(request_id="r1", endpoint=endpoint.id, token="t1", job=job), emit, lambda: False)
+    others.get({"lora": files.url("/larger.safetensors?again")}, "SD_1_5", lambda: None)
+
+    assert outcome.status == 200 and during == [1]
+    assert not any(path.read_bytes() == LORA for path in blobs.rglob("*.safetensors"))
 
 
 def test_a_download_ends_when_the_request_is_cancelled(host: SlotHost, files: FileServer) -> None:
