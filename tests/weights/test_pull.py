@@ -13,12 +13,14 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save
 
+from server.__main__ import main
 from tests.weights.hub_server import Hub as Server
 from tests.weights.hub_server import Repository, serving
 from tests.weights.repositories import published, tensors
@@ -431,33 +433,81 @@ def test_two_pulls_at_once_take_turns(server: Server, tmp_path: Path) -> None:
     assert all(sent == len(server.file(SD15, name.removeprefix(f"{SD15}/"))) for name, sent in server.sent.items())
 
 
-def test_commands_answer_in_statuses(server: Server, tmp_path: Path) -> None:
+def run_here(
+    server: Server, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int, str, str]:
+    """The command in this process; status, output and complaint."""
+    for name, value in environment(server, root).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["creative-upscaler", "weights", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    captured = capsys.readouterr()
+    return int(ended.value.code or 0), captured.out, captured.err
+
+
+def test_commands_answer_in_statuses(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Verify finds a flipped byte and names the file; list and unknown names; what each exits with."""
     root = tmp_path / "set"
-    fetch(server, root, "vae", "upscaler")
-    assert run(server, root, "verify")[0] == 0
+    command = partial(run_here, server, root, monkeypatch, capsys)
+    assert command("verify")[0] == 1
+    assert command("pull", "vae", "upscaler")[:2] == (0, f"2 parts are complete in {root}.\n")
+    assert command("verify")[0] == 0
     weights = root / "vae/diffusion_pytorch_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[1234] ^= 1
     weights.write_bytes(content)
 
-    status, _, complaint = run(server, root, "verify")
+    status, _, complaint = command("verify")
     assert status == 1
     assert "vae/diffusion_pytorch_model.safetensors has changed: SHA-256 is" in complaint
     assert "RealESRGAN" not in complaint
-    status, listing, _ = run(server, root, "list")
+    status, listing, _ = command("list")
     rows = {line.split()[0]: line for line in listing.splitlines() if line.split()}
     assert status == 0
     assert set(PARTS) < set(rows)
     assert "present" in rows["upscaler"]
     assert "missing" in rows["flux1-dev"]
     assert "FLUX.1 [dev] Non-Commercial License" in rows["flux1-dev"]
-    status, _, complaint = run(server, root, "pull", "fal-ai/creative-upscalr")
-    assert status == 2
-    assert len(complaint.strip().splitlines()) == 1
+    told = {part["part"]: part for part in json.loads(command("list", "--json")[1])}
+    assert told["vae"]["revision"] == server.repositories["stabilityai/sd-vae-ft-mse"].revision
+    assert told["upscaler"]["alternatives"]
+    status, _, complaint = command("pull", "fal-ai/creative-upscalr")
+    assert (status, len(complaint.splitlines())) == (2, 1)
     assert "fal-ai/creative-upscaler" in complaint
-    status, _, complaint = run(server, root, "pull", "flux1-dev", HF_TOKEN="hf_wrong")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    status, _, complaint = command("pull", "flux1-dev")
     assert (status, "HF_TOKEN" in complaint) == (1, True)
+    server.repositories[KLEIN].sizes["transformer/diffusion_pytorch_model.safetensors"] = 10**15
+    status, _, complaint = command("pull", "flux2-klein-4b")
+    assert (status, "GB are needed" in complaint) == (1, True)
+
+
+def test_import_and_prune_answer_in_statuses(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An empty folder is an error; what is left over is named before it goes, and goes with --yes alone."""
+    root = tmp_path / "set"
+    command = partial(run_here, server, root, monkeypatch, capsys)
+    (tmp_path / "usb/sd-vae-ft-mse").mkdir(parents=True)
+    assert command("prune") == (0, "Nothing to delete.\n", "")
+    assert command("import", str(tmp_path / "usb"))[0] == 1
+    for name, content in server.repositories["stabilityai/sd-vae-ft-mse"].files.items():
+        (tmp_path / "usb/sd-vae-ft-mse" / name).write_bytes(content)
+    assert command("import", str(tmp_path / "usb"))[0] == 0
+    (root / "vae/old.safetensors").write_bytes(bytes(2_000_000))
+
+    status, out, complaint = command("prune")
+    assert (status, "2.000 MB  vae/old.safetensors" in out) == (1, True)
+    assert "--yes" in complaint
+    assert command("prune", "--yes")[0] == 0
+    assert sorted(path.name for path in (root / "vae").iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
+    assert not server.asked
 
 
 def test_a_plan_is_written_before_a_byte_is_fetched(server: Server, tmp_path: Path) -> None:
