@@ -7,15 +7,20 @@ import os
 import platform
 import shutil
 import subprocess
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from server.settings import Settings
 from server.supervisor import detect_gpus, read_server
 from weights.catalogue import ENDPOINT_PARTS, needs_of
+from weights.header import SNIFF_BYTES, UnsuitableFile, is_pickle, read_header
 from weights.store import POCKET_FOLDER, WeightStore, pull_command
 
 LOW_DISK_BYTES = 2_000_000_000
+SINGLE_NETWORKS = ("upscaler", "face-restorer")
+"""Parts of which an operator may bring a file of his own choice."""
+NETWORK_SUFFIXES = (".safetensors", ".pth", ".ckpt")
 
 
 def examine(settings: Settings) -> Iterator[str]:
@@ -49,6 +54,30 @@ def weights_rows(store: WeightStore, flux_profile: str) -> Iterator[str]:
     optional = dict.fromkeys(name for each in ENDPOINT_PARTS for name in needs_of(each, flux_profile).optional)
     if store.name == "full" and (absent := [name for name in optional if not store.has(name)]):
         yield _row("", f"done without: {', '.join(absent)} (see `creative-upscaler weights list`)")
+    for part in SINGLE_NETWORKS:
+        yield from network_rows(store, part)
+
+
+def network_rows(store: WeightStore, part: str) -> Iterator[str]:
+    """What the operator put into a folder that holds the file of one network, and what is wrong with it."""
+    files = sorted(file for file in store.folder(part).glob("*") if file.suffix in NETWORK_SUFFIXES)
+    for file in files:
+        yield _row("", f"{part}: {file.name}", "one of several; leave one" if len(files) > 1 else fault_of(file))
+
+
+def fault_of(file: Path) -> str:
+    """Why a file cannot hold a network, as far as its first bytes tell; nothing if it may."""
+    try:
+        if file.suffix == ".safetensors":
+            read_header(file)
+        elif not zipfile.is_zipfile(file):
+            with file.open("rb") as stream:
+                return (
+                    "" if is_pickle(stream.read(SNIFF_BYTES)) else "cannot be used: it is no file that torch has saved"
+                )
+    except (UnsuitableFile, OSError) as error:
+        return f"cannot be used: the file {error}"
+    return ""
 
 
 def describe_gpus(gpus: list[str]) -> list[str]:

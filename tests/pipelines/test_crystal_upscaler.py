@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from skimage import data
@@ -268,3 +269,5 @@ def test_large_results_are_bigtiff_where_the_operator_says_so(
     assert "crystal_upscaler" in picture.tag_v2[270]
     png, _, _ = run(CrystalUpscaler(tiff.models, weights={}), crop, params)
     assert np.array_equal(np.asarray(png), np.asarray(picture))
+    with tifffile.TiffFile(BytesIO(data_)) as file:
+        assert file.is_bigtiff and np.array_equal(file.asarray(), np.asarray(png))

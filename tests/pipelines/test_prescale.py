@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pipelines import prescale
-from pipelines.errors import NonFiniteResult
+from pipelines.errors import ModelsUnusable, NonFiniteResult
 from pipelines.prescale import Lanczos, NetworkPreStage, load_prestage
 from pipelines.spool import Spool
 from weights.compact import Compact
@@ -186,3 +186,17 @@ def test_values_that_are_not_finite_are_an_error() -> None:
 
     with pytest.raises(NonFiniteResult, match="pre-upscaler"):
         NetworkPreStage(model)(torch.rand(1, 3, 8, 8), (16, 16))
+
+
+@pytest.mark.parametrize("names", [["wrong.pth"], ["a.pth", "b.safetensors"]])
+def test_an_operators_file_that_cannot_be_used_is_told_without_a_path(tmp_path: Path, names: list[str]) -> None:
+    """A foreign file, or two: the error names them and their folder in the set, for callers too."""
+    (tmp_path / "upscaler").mkdir()
+    for name in names:
+        (tmp_path / "upscaler" / name).write_bytes(b"<!doctype html>")
+
+    with pytest.raises(ModelsUnusable) as caught:
+        load_prestage(WeightStore("full", tmp_path), torch.device("cpu"))
+
+    assert all(name in str(caught.value) for name in ["`upscaler`", *names])
+    assert str(tmp_path) not in str(caught.value)

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from pipelines.errors import ModelsUnusable
 from server.endpoints import ENDPOINTS
 from server.errors import InvalidInput
 from server.settings import Settings
-from server.slot import path_and_weight
+from server.slot import outcome_of, path_and_weight
 
 CLARITY, CRYSTAL = ENDPOINTS["fal-ai/clarity-upscaler"], ENDPOINTS["clarityai/crystal-upscaler"]
 IMAGE = {"image_url": "https://example.com/a.png"}
@@ -114,3 +115,12 @@ def test_detail_loras_are_named_with_their_weights(tmp_path: Path) -> None:
         (Path("/a/more_details.safetensors"), 0.5),
         (Path("/b/c:d.safetensors"), 1.0),
     ]
+
+
+def test_a_network_that_cannot_be_read_is_fals_error() -> None:
+    """The operator's mistake is a 500 in fal's form that names folder and file, and no path of the server."""
+    outcome = outcome_of(ModelsUnusable("The file in the weights' folder `upscaler` cannot be used: x.pth is damaged"))
+
+    assert outcome is not None and outcome.status == 500
+    assert outcome.body["detail"][0]["type"] == "internal_server_error"
+    assert "`upscaler` cannot be used: x.pth" in outcome.body["detail"][0]["msg"]

@@ -169,3 +169,62 @@ def test_a_folder_holds_one_network(tmp_path: Path) -> None:
     (tmp_path / "b.safetensors").touch()
     with pytest.raises(UnsuitableNetwork, match=r"a\.pth, b\.safetensors"):
         find_network(tmp_path)
+
+
+def rrdb(**sizes: int) -> Tensors:
+    """A small RRDB network's tensors."""
+    return dict(RRDBNet(num_block=1, num_feat=4, num_grow=4, **sizes).state_dict())
+
+
+def compact(**sizes: int) -> Tensors:
+    """A small Compact network's tensors."""
+    return dict(Compact(num_feat=4, num_conv=1, **sizes).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        (rrdb() | {"conv_first.weight": torch.zeros(4, 4, 3, 3)}, "3 channels"),
+        (rrdb() | {"conv_last.weight": torch.zeros(1, 4, 3, 3)}, "3 channels"),
+        (rrdb(unshuffle=4, num_doublings=1), "no whole factor"),
+        (rrdb() | {"attention.weight": torch.zeros(1)}, "plain RRDB"),
+        (compact(num_in_ch=1, num_out_ch=1), "3 channels"),
+        (compact() | {"body.4.weight": torch.zeros(7, 4, 3, 3)}, "3 channels"),
+        (compact() | {"body.4.bias": torch.zeros(5)}, "Compact network"),
+        ({"body.0.weight": torch.zeros(4)}, "not enough convolutions"),
+        ({}, "spandrel"),
+    ],
+)
+def test_networks_for_other_pictures_are_refused(tmp_path: Path, tensors: Tensors, said: str) -> None:
+    """Grey or four-channel networks, factors that are no whole number, and tensors that do not fit together."""
+    save_file(tensors, tmp_path / "net.safetensors")
+
+    with pytest.raises(UnsuitableNetwork, match=said):
+        load_network(tmp_path / "net.safetensors")
+
+
+@pytest.mark.parametrize("name", ["net.safetensors", "net.pth"])
+@pytest.mark.parametrize("content", [b"", b"<!doctype html>", b"PK\3\4 a broken archive", b"\xff" * 64])
+def test_damaged_files_are_refused_by_name(tmp_path: Path, name: str, content: bytes) -> None:
+    """An empty file, a web page, half an archive, noise: ours is the only exception, and it names the file."""
+    (tmp_path / name).write_bytes(content)
+
+    with pytest.raises(UnsuitableNetwork, match=name):
+        load_network(tmp_path / name)
+
+
+def test_a_file_that_breaks_spandrel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever spandrel raises, the error is ours."""
+
+    def fail(file: Path) -> None:
+        raise KeyError("unknown")
+
+    spandrel = ModuleType("spandrel")
+    spandrel.__dict__.update(
+        ModelLoader=lambda device: SimpleNamespace(load_from_file=fail), ImageModelDescriptor=FakeDescriptor
+    )
+    monkeypatch.setitem(sys.modules, "spandrel", spandrel)
+    save_file({"x": torch.zeros(1)}, tmp_path / "net.safetensors")
+
+    with pytest.raises(UnsuitableNetwork, match="no network that spandrel reads"):
+        load_network(tmp_path / "net.safetensors")
