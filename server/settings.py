@@ -118,6 +118,9 @@ class Settings(BaseSettings):
     flux_fp8: bool = Field(
         False, description="Run full Flux transformers in 8-bit floating point; needs torchao and an Ada or Hopper GPU."
     )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="What models compute in; auto is float16 on a GPU, bfloat16 on a CPU that has it."
+    )
     device_memory_gb: float | None = Field(
         None, gt=0, description="GB of 2^30 bytes for models on a device; else 70 % of a GPU, half of a CPU's memory."
     )

@@ -186,7 +186,7 @@ def models_of(store: WeightStore, device: str, settings: Settings) -> Models:
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from pipelines.models import Models
+    from pipelines.models import Models, fastest_dtype
     from pipelines.residency import Residency
 
     transformers_logging.disable_progress_bar()  # its bars would run through our log and our own bars
@@ -199,7 +199,8 @@ def models_of(store: WeightStore, device: str, settings: Settings) -> Models:
     if settings.host_memory_gb is not None:
         on_host = int(settings.host_memory_gb * 2**30)
     target = torch.device(device)
-    return Models(store, target, Residency(target, device_bytes=on_device, host_bytes=on_host))
+    dtype = fastest_dtype(target) if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    return Models(store, target, Residency(target, device_bytes=on_device, host_bytes=on_host), dtype=dtype)
 
 
 PIPELINES: Mapping[str, Load] = {
