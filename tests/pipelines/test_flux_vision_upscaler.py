@@ -46,6 +46,12 @@ def pipeline(pocket: WeightStore) -> FluxVisionUpscaler:
 
 
 @pytest.fixture
+def part(photo_crop: Image.Image) -> Image.Image:
+    """A 64 x 64 px piece of the photograph, for what does not depend on what is shown."""
+    return photo_crop.crop((32, 16, 96, 80))
+
+
+@pytest.fixture
 def small_tiles(pipeline: FluxVisionUpscaler, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles so small that a picture of 192 px has several, on the schedule of the usual ones."""
     sigmas = pipeline.sigmas
@@ -114,45 +120,43 @@ def test_a_long_strip_works(pipeline: FluxVisionUpscaler, strength: float) -> No
     assert metrics.colour_shift(picture, strip) <= 3
 
 
-def test_creativity_zero_returns_the_prestage_picture(pipeline: FluxVisionUpscaler, photo_crop: Image.Image) -> None:
+def test_creativity_zero_returns_the_prestage_picture(pipeline: FluxVisionUpscaler, part: Image.Image) -> None:
     """Strength 0 changes nothing: the result is the pre-stage picture, to the byte."""
-    picture, _, reports = run(pipeline, photo_crop, strength=0.0)
+    picture, _, reports = run(pipeline, part, strength=0.0)
 
     with torch.inference_mode():
-        before = pipeline.models.prestage()(to_tensor(photo_crop), (photo_crop.height * 2, photo_crop.width * 2))
+        before = pipeline.models.prestage()(to_tensor(part), (part.height * 2, part.width * 2))
     assert np.array_equal(np.asarray(picture), to_pixels(before))
     assert not [report for report in reports if report.stage == "denoise"]
 
 
-def test_creativity_moves_away_from_the_prestage_picture(pipeline: FluxVisionUpscaler, photo_crop: Image.Image) -> None:
+def test_creativity_moves_away_from_the_prestage_picture(pipeline: FluxVisionUpscaler, part: Image.Image) -> None:
     """More creativity is more distance from the pre-stage picture, at every level."""
-    before = run(pipeline, photo_crop, strength=0.0)[0]
-    distances = [distance(run(pipeline, photo_crop, strength=s)[0], before) for s in (0.1, 0.5, 0.9)]
+    before = run(pipeline, part, strength=0.0)[0]
+    distances = [distance(run(pipeline, part, strength=s)[0], before) for s in (0.1, 0.5, 0.9)]
 
     assert distances == sorted(distances) and distances[0] < distances[-1] / 2, distances
 
 
-def test_same_seed_gives_the_same_picture_whatever_ran_before(
-    pipeline: FluxVisionUpscaler, photo_crop: Image.Image
-) -> None:
+def test_same_seed_gives_the_same_picture_whatever_ran_before(pipeline: FluxVisionUpscaler, part: Image.Image) -> None:
     """A request's result depends on the request alone."""
-    first = run(pipeline, photo_crop)[0]
-    run(pipeline, photo_crop.rotate(90, expand=True), seed=7, strength=0.8)
-    again = run(pipeline, photo_crop)[0]
+    first = run(pipeline, part)[0]
+    run(pipeline, part.rotate(90, expand=True), seed=7, strength=0.8)
+    again = run(pipeline, part)[0]
 
     assert np.array_equal(np.asarray(first), np.asarray(again))
-    assert distance(first, run(pipeline, photo_crop, seed=43)[0]) > 0
+    assert distance(first, run(pipeline, part, seed=43)[0]) > 0
 
 
 @pytest.mark.usefixtures("small_tiles")
 def test_tile_batch_does_not_change_the_picture(
-    pipeline: FluxVisionUpscaler, photo_crop: Image.Image, monkeypatch: pytest.MonkeyPatch
+    pipeline: FluxVisionUpscaler, part: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches of 1, 4 and all tiles agree within 1/255."""
     pictures = []
     for tile_batch in (1, 4, 99):
         monkeypatch.setattr(pipeline, "tile_batch", tile_batch)
-        pictures.append(np.asarray(run(pipeline, photo_crop)[0], np.int16))
+        pictures.append(np.asarray(run(pipeline, part)[0], np.int16))
 
     assert max(int(np.abs(picture - pictures[0]).max()) for picture in pictures) <= 1
 
@@ -182,9 +186,9 @@ def test_colours_stay(pipeline: FluxVisionUpscaler, photo_crop: Image.Image) -> 
     assert np.abs(picture - np.asarray(photo_crop, np.float32).mean(axis=(0, 1))).max() <= 2
 
 
-def test_caption_comes_back_and_stands_in_the_recipe(pipeline: FluxVisionUpscaler, photo_crop: Image.Image) -> None:
+def test_caption_comes_back_and_stands_in_the_recipe(pipeline: FluxVisionUpscaler, part: Image.Image) -> None:
     """The caption is the captioner's, on the result and in the file."""
-    picture, result, _ = run(pipeline, photo_crop)
+    picture, result, _ = run(pipeline, part)
 
     assert result.caption and result.caption != NO_CAPTION
     assert json.loads(picture.info["creative-upscaler"])["caption"] == result.caption
@@ -206,31 +210,31 @@ class Naming:
 
 @pytest.mark.usefixtures("small_tiles")
 def test_tiles_have_captions_of_their_own_where_creativity_is_high(
-    pipeline: FluxVisionUpscaler, photo_crop: Image.Image, monkeypatch: pytest.MonkeyPatch
+    pipeline: FluxVisionUpscaler, part: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One caption up to 0.35, one for each tile above; tiles are shown as parts of the input."""
     calls = []
     for strength in (0.3, 0.5):
         captioner = Naming()
         monkeypatch.setattr(pipeline, "_captioner", lambda captioner=captioner: captioner)
-        _, result, _ = run(pipeline, photo_crop, strength=strength)
+        _, result, _ = run(pipeline, part, strength=strength)
         calls.append(captioner.sizes)
 
     num_tiles = len(result.recipe["tiles"]["tops"]) * len(result.recipe["tiles"]["lefts"])
-    assert calls[0] == [photo_crop.size]
-    assert len(calls[1]) == 1 + num_tiles and max(calls[1][1:]) < photo_crop.size
+    assert calls[0] == [part.size]
+    assert len(calls[1]) == 1 + num_tiles and max(calls[1][1:]) < part.size
 
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("fails_after", [0, 2])
 def test_a_failing_captioner_does_not_fail_the_request(
-    pipeline: FluxVisionUpscaler, photo_crop: Image.Image, monkeypatch: pytest.MonkeyPatch, fails_after: int
+    pipeline: FluxVisionUpscaler, part: Image.Image, monkeypatch: pytest.MonkeyPatch, fails_after: int
 ) -> None:
     """Without words for the picture a general phrase is used, without words for a tile the picture's."""
     captioner = Naming(fails_after)
     monkeypatch.setattr(pipeline, "_captioner", lambda: captioner)
 
-    _, result, _ = run(pipeline, photo_crop, strength=0.5)
+    _, result, _ = run(pipeline, part, strength=0.5)
 
     assert result.caption == (NO_CAPTION if fails_after == 0 else "a wall")
 
@@ -255,15 +259,15 @@ class Strict:
 
 @pytest.mark.parametrize("objects_at", [1, 2])
 def test_unsafe_pictures_are_replaced_by_black(
-    pipeline: FluxVisionUpscaler, photo_crop: Image.Image, monkeypatch: pytest.MonkeyPatch, objects_at: int
+    pipeline: FluxVisionUpscaler, part: Image.Image, monkeypatch: pytest.MonkeyPatch, objects_at: int
 ) -> None:
     """Whether the input or the result is at fault; and not at all where the caller turns the checker off."""
     checker = Strict(objects_at)
     monkeypatch.setattr(pipeline.models, "checker", lambda: checker)
 
-    black, result, reports = run(pipeline, photo_crop)
+    black, result, reports = run(pipeline, part)
     shown = checker.shown
-    passed = run(pipeline, photo_crop, check_safety=False)[0]
+    passed = run(pipeline, part, check_safety=False)[0]
 
     assert black.size == (result.width, result.height) and not np.asarray(black).any()
     assert shown == objects_at == checker.shown and np.asarray(passed).any()
@@ -275,9 +279,9 @@ def test_guidance_moves_the_picture(pipeline: FluxVisionUpscaler, photo_crop: Im
     assert distance(run(pipeline, photo_crop)[0], run(pipeline, photo_crop, guidance_scale=4.0)[0]) > 0.05
 
 
-def test_log_tells_the_steps_that_are_made(pipeline: FluxVisionUpscaler, photo_crop: Image.Image) -> None:
+def test_log_tells_the_steps_that_are_made(pipeline: FluxVisionUpscaler, part: Image.Image) -> None:
     """All steps are made at any creativity, from a level that is told."""
-    _, result, reports = run(pipeline, photo_crop, num_inference_steps=5)
+    _, result, reports = run(pipeline, part, num_inference_steps=5)
     steps = [report.step for report in reports if report.stage == "denoise" and report.step and not report.seconds]
 
     assert steps == [1, 2, 3, 4, 5]
@@ -285,22 +289,22 @@ def test_log_tells_the_steps_that_are_made(pipeline: FluxVisionUpscaler, photo_c
     assert result.timings["inference"] >= result.timings["denoise"] > 0
 
 
-def test_cancelled_request_stops_within_a_step(pipeline: FluxVisionUpscaler, photo_crop: Image.Image) -> None:
+def test_cancelled_request_stops_within_a_step(pipeline: FluxVisionUpscaler, part: Image.Image) -> None:
     """The callback's exception comes out at once, and the next request is served as ever."""
 
     def stop(report: Report) -> None:
         if report.stage == "denoise" and report.step == 2:
             raise Cancelled("enough")
 
-    wanted = run(pipeline, photo_crop)[0]
+    wanted = run(pipeline, part)[0]
     with pytest.raises(Cancelled):
-        pipeline(png_bytes(photo_crop), QUICK, limits=LIMITS, output=BytesIO(), progress=stop)
-    assert np.array_equal(np.asarray(run(pipeline, photo_crop)[0]), np.asarray(wanted))
+        pipeline(png_bytes(part), QUICK, limits=LIMITS, output=BytesIO(), progress=stop)
+    assert np.array_equal(np.asarray(run(pipeline, part)[0]), np.asarray(wanted))
 
 
 @pytest.mark.usefixtures("small_tiles")
 def test_cancelled_request_makes_no_further_batch_of_tiles(
-    pipeline: FluxVisionUpscaler, photo_crop: Image.Image, monkeypatch: pytest.MonkeyPatch
+    pipeline: FluxVisionUpscaler, part: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within a step, after the batch that is under way."""
     predict, made = pipeline.family.model.predict, []
@@ -312,15 +316,14 @@ def test_cancelled_request_makes_no_further_batch_of_tiles(
             raise Cancelled("enough")
 
     with pytest.raises(Cancelled):
-        pipeline(png_bytes(photo_crop), QUICK, limits=LIMITS, output=BytesIO(), progress=stop)
+        pipeline(png_bytes(part), QUICK, limits=LIMITS, output=BytesIO(), progress=stop)
     assert len(made) == 2 and len(made[0]) == 1
 
 
 def test_large_pictures_are_streamed_to_the_same_pixels(
-    pipeline: FluxVisionUpscaler, photo_crop: Image.Image, monkeypatch: pytest.MonkeyPatch
+    pipeline: FluxVisionUpscaler, part: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beyond the exact VAE's limit memory is bounded, and the picture is the same but for rounding."""
-    part = photo_crop.crop((0, 0, 64, 48))
     exact = run(pipeline, part)[0]
     monkeypatch.setattr(pipeline.family.canvas, "exact_px", 1)
 
@@ -342,7 +345,7 @@ def test_missing_models_are_named(pocket: WeightStore) -> None:
 
 
 def test_noise_is_one_field_whatever_the_tiles(
-    pipeline: FluxVisionUpscaler, photo_crop: Image.Image, monkeypatch: pytest.MonkeyPatch
+    pipeline: FluxVisionUpscaler, part: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The seed's noise lies on the whole picture: what the loop begins with does not depend on the tiles."""
     begun: list[Tensor] = []
@@ -357,7 +360,7 @@ def test_noise_is_one_field_whatever_the_tiles(
     monkeypatch.setattr(pipeline, "sigmas", lambda params: sigmas)
     for max_tile_px in (64, 512):
         monkeypatch.setattr(pipeline, "profile", replace(pipeline.profile, max_tile_px=max_tile_px))
-        run(pipeline, photo_crop.crop((0, 0, 64, 48)))
+        run(pipeline, part)
 
     assert torch.equal(begun[0], begun[1])
 
