@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import re
 from pathlib import Path
 
@@ -26,7 +28,10 @@ def test_the_page_may_load_and_run_only_what_is_its_own(client: TestClient) -> N
 
     policy = dict(part.split(" ", 1) for part in answer.headers["content-security-policy"].split("; "))
     assert answer.status_code == 200 and answer.headers["content-type"] == "text/html; charset=utf-8"
-    assert (policy["default-src"], policy["script-src"], policy["style-src"]) == ("'none'", "'self'", "'self'")
+    assert (policy["default-src"], policy["script-src"]) == ("'none'", "'self'")
+    (style,) = re.findall(r"<style>(.*?)</style>", answer.text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert policy["style-src"] == f"'sha256-{digest}'" and style == (STATIC / "style.css").read_text()
     assert (policy["connect-src"], policy["frame-ancestors"]) == ("'self'", "'none'")
     assert policy["img-src"] == "'self' blob: data: http://127.0.0.1:8000"
     assert (policy["require-trusted-types-for"], policy["trusted-types"]) == ("'script'", "'none'")
@@ -34,7 +39,7 @@ def test_the_page_may_load_and_run_only_what_is_its_own(client: TestClient) -> N
 
 def test_everything_the_page_names_is_there_and_small(client: TestClient) -> None:
     """Every file is named by the page or by a script, is served, and all together are at most 100 KB."""
-    names = {file.name for file in STATIC.iterdir()}
+    names = {file.name for file in STATIC.iterdir()} - {"style.css"}  # which is inside the page
     texts = {name: client.get("/" if name == "index.html" else f"/playground/{name}").text for name in names}
 
     everything = "".join(texts.values())
@@ -42,6 +47,17 @@ def test_everything_the_page_names_is_there_and_small(client: TestClient) -> Non
     assert set(re.findall(r'from "\./([^"]+)"', everything)) <= names
     assert sum(len(text.encode()) for text in texts.values()) <= MAX_PAGE_BYTES
     assert set(re.findall(r"https?://[\w.]+", everything)) <= {"http://www.w3.org"}
+
+
+def test_parts_are_compressed_for_who_reads_that(client: TestClient) -> None:
+    """Small on the way and the same at its end, under a tag of its own."""
+    packed = client.get("/", headers={"accept-encoding": "gzip"})
+    plain = client.get("/", headers={"accept-encoding": "identity"})
+
+    assert (packed.headers["content-encoding"], packed.headers["vary"]) == ("gzip", "accept-encoding")
+    assert "content-encoding" not in plain.headers and packed.text == plain.text
+    assert int(packed.headers["content-length"]) < 0.4 * int(plain.headers["content-length"])
+    assert packed.headers["etag"] != plain.headers["etag"]
 
 
 def test_no_script_makes_markup_of_text() -> None:
