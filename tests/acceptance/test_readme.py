@@ -126,14 +126,16 @@ def test_quick_start(paced: LiveServer, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_demo() -> None:
-    """The first command of all ends with the path of a picture."""
-    demo, *_ = recipes("Quick start", "sh")
+    """The first command of all says what the page shows, numbers aside, and ends with the path of a picture."""
+    (demo, *_), (shown,) = recipes("Quick start", "sh"), recipes("Quick start", "text")
     prefix = Path(sys.prefix)
     here = [f"VENV={prefix}", "--assume-old", str(prefix / ".installed-demo"), "--silent"]
 
     done = subprocess.run([*demo.split(), *here], cwd=ROOT, capture_output=True, text=True, timeout=600)
 
     assert done.returncode == 0, done.stderr
+    said = iter(re.sub(r"\d+", "N", done.stdout).splitlines())
+    assert all(line in said for line in re.sub(r"\d+", "N", shown).splitlines() if line.strip() != "…")
     with Image.open(ROOT / done.stdout.splitlines()[-1]) as picture:
         assert max(picture.size) == 1024
 
