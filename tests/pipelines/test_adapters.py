@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
 from pipelines.adapters import applied, match
-from tests.weights.lora_files import ALPHA, RANK, before_peft, kohya, peft, random_changes, written
+from tests.pipelines.test_full_size import on_meta
+from tests.weights.lora_files import ALPHA, RANK, Pair, before_peft, kohya, peft, random_changes, sdxl_kohya, written
 from weights.header import UnsuitableFile
 from weights.lora import Change, Difference, read_lora
 from weights.store import WeightStore
@@ -75,6 +77,33 @@ def test_a_file_for_text_encoders_alone_is_taken(family: Any, tmp_path: Path) ->
     found = match(read_lora(written(kohya(changes), tmp_path / "x")), family, "Stable Diffusion 1.5")
 
     assert len(found.layers) == 2
+
+
+@pytest.mark.parametrize(
+    ("family", "spelling"),
+    [("sd15", "diffusers' names"), ("sdxl", "diffusers' names"), ("sdxl", "SDXL's own numbers")],
+)
+def test_every_layer_of_the_published_models_is_found(
+    pocket: WeightStore, tmp_path: Path, family: str, spelling: str
+) -> None:
+    """A file that changes all matrices and convolutions of a full-size model, as kohya's trainer names them."""
+    tokenizer = CLIPTokenizer.from_pretrained(pocket.folder("sd15") / "tokenizer", local_files_only=True)
+    model, _ = on_meta(family, tokenizer)
+    changes = {}
+    roots = zip(("unet", "text_encoder", "text_encoder_2"), (model.unet, *model.text_encoders), strict=False)
+    for part, root in roots:
+        for name, layer in root.named_modules():
+            is_embedding = name.startswith(("time_embedding", "add_embedding"))  # kohya's trainer leaves them out
+            if isinstance(layer, nn.Linear | nn.Conv2d) and not is_embedding:
+                num_out, num_in, *kernel = layer.weight.shape
+                pair = Pair(torch.zeros(1, num_in, *kernel), torch.zeros(num_out, 1, *[1] * len(kernel)))
+                changes[part, name.removeprefix("text_model.")] = pair
+    tensors = kohya(changes) if spelling == "diffusers' names" else sdxl_kohya(changes, layers_per_block=2)
+
+    found = match(read_lora(written(tensors, tmp_path / "lora.safetensors")), model, family)
+
+    assert found.num_unknown == 0
+    assert len({id(module) for module, _ in found.layers}) == len(found.layers) == len(changes) > 200
 
 
 LAYERS = {
