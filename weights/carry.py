@@ -20,9 +20,11 @@ from typing import Any, NamedTuple
 from weights.catalogue import OWN_PARTS, PARTS, File, IncompleteSource, Part, choose, is_recognised
 from weights.header import UnsuitableFile, read_header
 from weights.lock import LOCK_FILE, LockedPart, is_whole, read_lock, sha256_of
-from weights.placing import PARTIAL, SPARE_BYTES, NoSpace, is_complete, only_one, place, staging
+from weights.placing import PARTIAL, SPARE_BYTES, NoSpace, Staged, is_complete, only_one, place, staging
 
 MAX_DEPTH = 6
+COPIES = "import"
+"""Where files wait that are not compared yet, apart from downloads that were."""
 SKIPPED = {".git", "blobs", ".cache", PARTIAL}
 _SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[^/]+)")
 _LFS_POINTER = b"version https://git-lfs"
@@ -159,6 +161,8 @@ def bring(
                 note(f"{each.part.folder}: {_brought(each, root, came)}")
             except (UnsuitableFile, OSError) as error:
                 failures.append(f"{each.part.folder}: {error}")
+            finally:
+                shutil.rmtree(root / PARTIAL / COPIES, ignore_errors=True)
     return failures
 
 
@@ -174,26 +178,23 @@ def _check_space(found: Sequence[Found], root: Path) -> None:
 
 def _brought(found: Found, root: Path, came: Callable[[int], None]) -> str:
     """Copy one part; returns what is to be said of it."""
-    part, folder = found.part, staging(root, found.part)
+    part, folder = found.part, root / PARTIAL / COPIES
     was_known = True
-    staged: dict[str, Path] = {}
+    staged: dict[str, Staged] = {}
+    names = {path: locked.source for path, locked in found.locked.files.items()} if found.locked else {}
     in_place = all(file == root / part.folder / path for path, file in found.files.items())
     for path, file in found.files.items():
         target = file
         if not in_place:
             is_pickle = file.name.endswith(".bin") and path.endswith(".safetensors")
-            target = folder / "files" / (f"{path}.bin" if is_pickle else path)
+            target = folder / (f"{path}.bin" if is_pickle else path)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
             came(target.stat().st_size)
         was_known = _check(target, file, path, found) and was_known
-        staged[path] = target
+        staged[path] = Staged(target, names.get(path, found.sources[path]))
     revision, license = found.revision, found.locked.license if found.locked else None
-    sources = {path: locked.source for path, locked in found.locked.files.items()} if found.locked else {}
-    sources = dict(found.sources) | sources
-    place(part, root, staged, sources, revision=revision, license=license, poll=lambda: None)
-    if not in_place:
-        shutil.rmtree(folder, ignore_errors=True)
+    place(part, root, staged, revision=revision, license=license, poll=lambda: None)
     told = "" if was_known else "; nothing tells its hashes: they are recorded as they are"
     return f"imported from {found.base}{told}"
 

@@ -102,9 +102,9 @@ def sha256_of(path: Path, read: Callable[[int], None] = lambda num_bytes: None) 
     return digest.hexdigest()
 
 
-def locked_file(path: Path, source: str = "") -> LockedFile:
-    """A file that is there, for the lock; reads it once."""
-    return LockedFile(sha256=sha256_of(path), size_bytes=path.stat().st_size, source=source)
+def locked_file(path: Path, source: str = "", sha256: str | None = None) -> LockedFile:
+    """A file that is there, for the lock; reads it once, unless its hash is known."""
+    return LockedFile(sha256=sha256 or sha256_of(path), size_bytes=path.stat().st_size, source=source)
 
 
 def is_whole(root: Path, name: str, part: LockedPart) -> bool:

@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from weights import unpickle
 from weights.catalogue import Part
 from weights.header import UnsuitableFile
-from weights.lock import LockedPart, is_whole, locked_file, read_lock, write_lock
+from weights.lock import LockedFile, LockedPart, is_whole, locked_file, read_lock, write_lock
 
 PARTIAL = ".partial"
 SPARE_BYTES = 2**30
@@ -58,11 +59,22 @@ def only_one(root: Path, note: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
+class Staged(NamedTuple):
+    """A complete file, its name in the repository (empty: made here), and its SHA-256 where it was compared already."""
+
+    file: Path
+    source: str
+    sha256: str | None = None
+
+    def locked(self) -> LockedFile:
+        """The file for the lock."""
+        return locked_file(self.file, self.source, self.sha256)
+
+
 def place(
     part: Part,
     root: Path,
-    staged: dict[str, Path],
-    sources: dict[str, str],
+    staged: Mapping[str, Staged],
     *,
     revision: str | None,
     license: str | None,
@@ -74,7 +86,6 @@ def place(
         part: The part.
         root: Folder of the set.
         staged: Files by their path in the part's folder, in a folder of their own on the same disk; all are taken away.
-        sources: Their names in the repository.
         revision: The commit, if known.
         license: What the hub said.
         poll: Called now and then; may raise to stop.
@@ -82,22 +93,22 @@ def place(
     Raises:
         UnsuitableFile: A conversion refuses a file.
     """
-    made_from = {}
-    files = {path: (file, sources[path]) for path, file in staged.items()}
-    for path, (file, source) in list(files.items()):
-        if file.name.endswith(".safetensors.bin"):
-            made_from[source] = locked_file(file, source)
-            files[path] = (file.with_suffix(""), "")
-            unpickle.convert(file, file.with_suffix(""), poll)
+    files = dict(staged)
+    converted = [each for each in files.values() if part.converted or each.file.name.endswith(".safetensors.bin")]
+    made_from = {each.source: each.locked() for each in converted}
     if part.converted:
-        made_from = {source: locked_file(file, source) for file, source in files.values()}
-        made = _converted(part, [file for file, _ in files.values()], staging(root, part) / "made", poll)
-        files = {path: (made / path, "") for path in part.made}
-    locked = {path: locked_file(file, source) for path, (file, source) in files.items()}
-    for path, (file, _) in files.items():
+        made = _converted(part, [each.file for each in converted], converted[0].file.parent / "made", poll)
+        files = {path: Staged(made / path, "") for path in part.made}
+    else:
+        for path, each in staged.items():
+            if each in converted:
+                files[path] = Staged(each.file.with_suffix(""), "")
+                unpickle.convert(each.file, files[path].file, poll)
+    locked = {path: each.locked() for path, each in files.items()}
+    for path, each in files.items():
         target = root / part.folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        file.replace(target)
+        each.file.replace(target)
     entry = LockedPart(
         repository=part.repository, revision=revision, license=license, files=locked, made_from=made_from
     )

@@ -31,7 +31,7 @@ from weights.catalogue import Part
 from weights.header import UnsuitableFile
 from weights.listing import MAX_TRIES, TIMEOUT_S, Failed, Hub, Remote, how_to_be_let_in, is_passing, listing_of
 from weights.lock import read_lock, sha256_of, write_json
-from weights.placing import SPARE_BYTES, NoSpace, is_complete, only_one, place, staging
+from weights.placing import SPARE_BYTES, NoSpace, Staged, is_complete, only_one, place, staging
 
 NUM_STREAMS = 6
 """Files that come at a time."""
@@ -229,7 +229,7 @@ class _Pull:
         async with self.streams:
             partial = _partial(staged)
             partial.parent.mkdir(parents=True, exist_ok=True)
-            if staged.is_file() or await asyncio.to_thread(self._is_placed, plan, file):
+            if await asyncio.to_thread(self._is_there, plan, file):
                 return
             for _ in range(2):
                 partial.touch()
@@ -280,7 +280,7 @@ class _Pull:
                     self.report.came(len(chunk))
                     if sink.tell() > file.size_bytes:
                         raise Failed(f"{file.source} of {plan.part.repository} is longer than the hub announced")
-                os.fsync(sink.fileno())
+                await asyncio.to_thread(os.fsync, sink.fileno())
         return None
 
     def _check_answer(self, plan: Plan, file: Remote, answer: httpx2.Response) -> None:
@@ -295,8 +295,12 @@ class _Pull:
             raise Failed(f"{part.repository} has no {file.source} at {plan.revision} any more: pull again")
         raise Failed(f"{self.hub.url} answered {status} for {file.source} of {part.repository}")
 
-    def _is_placed(self, plan: Plan, file: Remote) -> bool:
-        """Whether the set has the file already; it is staged then, without moving it from under a server's feet."""
+    def _is_there(self, plan: Plan, file: Remote) -> bool:
+        """Whether a file is staged, or in the set; then it is staged without moving it from under a server's feet."""
+        if plan.staged(file).is_file():
+            if self._is_right(plan.staged(file), file):
+                return True
+            plan.staged(file).unlink()  # of another commit
         placed = plan.placed(file)
         if placed is None or not self._is_right(placed, file):
             return False
@@ -324,9 +328,8 @@ class _Pull:
 
     def _placed(self, plan: Plan) -> None:
         """Convert what has to be, move all into the set, lock it."""
-        staged = {file.path: plan.staged(file) for file in plan.files}
-        sources = {file.path: file.source for file in plan.files}
-        place(plan.part, self.root, staged, sources, revision=plan.revision, license=plan.license, poll=self._poll)
+        staged = {file.path: Staged(plan.staged(file), file.source, file.sha256) for file in plan.files}
+        place(plan.part, self.root, staged, revision=plan.revision, license=plan.license, poll=self._poll)
         shutil.rmtree(plan.folder)
 
 

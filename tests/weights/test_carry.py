@@ -147,6 +147,7 @@ def test_damaged_files_are_refused(tmp_path: Path, repositories: Mapping[str, Re
     assert name in brought(tmp_path / "a", tmp_path / "here")[0][0]
     assert "git lfs pull" in brought(tmp_path / "b", tmp_path / "here")[0][0]
     assert read_lock(tmp_path / "here") == {}
+    assert not list((tmp_path / "here").rglob("*.safetensors"))
 
 
 def test_what_was_put_there_by_hand_can_be_locked(tmp_path: Path, repositories: Mapping[str, Repository]) -> None:

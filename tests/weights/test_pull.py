@@ -272,10 +272,13 @@ def test_a_commit_that_is_gone_is_resolved_anew(server: Server, tmp_path: Path) 
     server.faults[UNET] = [("cut", 100_000), *[("cut", 0)] * 20]
     fetch(server, tmp_path, "sd15")
     server.faults.clear()
-    server.repositories[SD15].files["README.md"] = b"changed"
+    server.repositories[SD15].files["text_encoder/model.fp16.safetensors"] = tensors(98)
+    server.repositories[SD15].files["unet/diffusion_pytorch_model.fp16.safetensors"] = tensors(99, 400_000)
 
     assert "pull again" in fetch(server, tmp_path, "sd15")[0]
     assert fetch(server, tmp_path, "sd15") == []
+    assert list(faults(tmp_path, read_lock(tmp_path))) == []
+    assert (tmp_path / "sd15/text_encoder/model.safetensors").read_bytes() == tensors(98)
 
 
 def test_a_pickle_becomes_safetensors(server: Server, tmp_path: Path) -> None:
