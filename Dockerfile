@@ -30,7 +30,7 @@ VOLUME /data
 EXPOSE 8000 8443
 # A number, so that Kubernetes can tell that it is not root.
 USER 10001
-HEALTHCHECK --interval=10s --start-period=120s CMD ["python", "-m", "server.healthcheck"]
+HEALTHCHECK --interval=10s --start-period=600s CMD ["python", "-m", "server.healthcheck"]
 # Listening beyond loopback needs a key: docker run -e UPSCALER_API_KEYS=...
 CMD ["creative-upscaler", "serve"]
 
