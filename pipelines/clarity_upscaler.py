@@ -28,6 +28,7 @@ import torch
 
 from pipelines.adapters import applied, match
 from pipelines.delivery import Result, describe_tiles, opaque, recipe_of
+from pipelines.errors import ModelsUnusable
 from pipelines.guard import deliver_checked, may_show
 from pipelines.images import decode
 from pipelines.models import Family, Models
@@ -36,6 +37,7 @@ from pipelines.progress import Progress, Stages
 from pipelines.staged import Pass, StagedUpscale, Style, in_doublings
 from weights.detect import FAMILY_NAMES, SD_1_5
 from weights.fetch import WeightFile
+from weights.header import UnsuitableFile
 
 NAME = "clarity_upscaler"
 MAX_TILE_PX = 896
@@ -146,10 +148,17 @@ class ClarityUpscaler:
         return Result(width=size[0], height=size[1], seed=params.seed, timings=stages.timings, recipe=recipe)
 
     def _detailed(self, family: Family) -> ExitStack:
-        """The configured LoRAs, at work until the end of the block."""
+        """The configured LoRAs, at work until the end of the block.
+
+        Raises:
+            ModelsUnusable: One of them does not fit.
+        """
         with ExitStack() as block:
             for lora in self.loras:
-                found = match(self.models.lora(lora.file), family.model, FAMILY_NAMES[SD_1_5])
+                try:
+                    found = match(self.models.lora(lora.file), family.model, FAMILY_NAMES[SD_1_5])
+                except UnsuitableFile as error:
+                    raise ModelsUnusable(f"The detail LoRA {lora.file.name} {error}.") from error
                 block.enter_context(applied(found.layers, lora.scale))
             return block.pop_all()
 

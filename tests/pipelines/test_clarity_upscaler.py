@@ -5,23 +5,27 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks import metrics
 from benchmarks.quality import borders
 from pipelines import clarity_upscaler
-from pipelines.clarity_upscaler import ClarityUpscaler, Params, plan_passes
+from pipelines.clarity_upscaler import ClarityUpscaler, DetailLora, Params, plan_passes
 from pipelines.delivery import opaque
-from pipelines.errors import Cancelled, ImageLoadError
+from pipelines.errors import Cancelled, ImageLoadError, ModelsUnusable
 from pipelines.images import decode
 from pipelines.progress import Report
 from pipelines.staged import in_doublings
 from tests.conftest import png_bytes
 from tests.pipelines.staging import DAMAGED, KINDS, LIMITS, encoded, pocket_models, run
+from tests.weights.lora_files import kohya, random_changes, written
+from weights.detect import SD_1_5
 from weights.store import WeightStore
 
 QUICK = Params(
@@ -188,6 +192,34 @@ def test_the_hint_is_the_passs_input(
     hint = (seen[0]["hint"][0, :, :96, :128] * 255).permute(1, 2, 0).numpy()
     assert np.abs(hint - np.asarray(lanczos)).max() < 2
     assert seen[0]["soft_control"] is True
+
+
+def test_detail_loras_take_part_and_leave_no_trace(
+    pipeline: ClarityUpscaler, pocket: WeightStore, crop: Image.Image, tmp_path: Path
+) -> None:
+    """As strongly as their weight says, told in the recipe; the models are afterwards what they were."""
+    strong, model = replace(QUICK, strength=0.8), pipeline.models.family(SD_1_5).model
+    file = written(kohya(random_changes(model, size=1.0)), tmp_path / "more_details.safetensors")
+    plain, _, content = run(pipeline, crop, strong)
+    moved = []
+    for weight in (0.0, 0.5, 1.0):
+        detailed = ClarityUpscaler(pipeline.models, weights={}, loras=[DetailLora.at(file, weight)])
+        picture, result, _ = run(detailed, crop, strong)
+        moved.append(float(np.abs(metrics.as_array(picture) - metrics.as_array(plain)).mean()))
+
+    assert moved[0] == 0 and moved[1] > 0 and moved[2] > moved[1]
+    assert result.recipe["loras"][0]["name"] == "more_details.safetensors"
+    assert run(pipeline, crop, strong)[2] == content
+
+
+def test_a_detail_lora_that_does_not_fit_is_told_by_name(
+    pipeline: ClarityUpscaler, crop: Image.Image, tmp_path: Path
+) -> None:
+    """The operator's mistake, not the caller's."""
+    file = written({"lora_unet_nothing.lora_down.weight": torch.zeros(2, 3)}, tmp_path / "other.safetensors")
+
+    with pytest.raises(ModelsUnusable, match=r"detail LoRA other\.safetensors is incomplete"):
+        run(ClarityUpscaler(pipeline.models, weights={}, loras=[DetailLora.at(file, 1.0)]), crop, QUICK)
 
 
 @pytest.mark.parametrize("kind", KINDS)
