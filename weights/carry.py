@@ -193,8 +193,15 @@ def _brought(found: Found, root: Path, came: Callable[[int], None]) -> str:
             came(target.stat().st_size)
         was_known = _check(target, file, path, found) and was_known
         staged[path] = Staged(target, names.get(path, found.sources[path]))
-    revision, license = found.revision, found.locked.license if found.locked else None
-    place(part, root, staged, revision=revision, license=license, poll=lambda: None)
+    place(
+        part,
+        root,
+        staged,
+        revision=found.revision,
+        license=found.locked.license if found.locked else None,
+        poll=lambda: None,
+        made_from=found.locked.made_from if found.locked else None,
+    )
     told = "" if was_known else "; nothing tells its hashes: they are recorded as they are"
     return f"imported from {found.base}{told}"
 

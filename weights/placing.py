@@ -79,6 +79,7 @@ def place(
     revision: str | None,
     license: str | None,
     poll: Callable[[], None],
+    made_from: Mapping[str, LockedFile] | None = None,
 ) -> None:
     """Move the complete files of a part into the set, converted where it says so, and lock them.
 
@@ -89,13 +90,14 @@ def place(
         revision: The commit, if known.
         license: What the hub said.
         poll: Called now and then; may raise to stop.
+        made_from: What files were converted from elsewhere.
 
     Raises:
         UnsuitableFile: A conversion refuses a file.
     """
     files = dict(staged)
     converted = [each for each in files.values() if part.converted or each.file.name.endswith(".safetensors.bin")]
-    made_from = {each.source: each.locked() for each in converted}
+    made_from = dict(made_from or {}) | {each.source: each.locked() for each in converted}
     if part.converted:
         made = _converted(part, [each.file for each in converted], converted[0].file.parent / "made", poll)
         files = {path: Staged(made / path, "") for path in part.made}

@@ -55,7 +55,7 @@ def pulled(root: Path, *names: str) -> Path:
 
 def test_a_set_pulled_elsewhere_is_taken_over(tmp_path: Path) -> None:
     """Its lock file goes along: the same revisions, the same hashes."""
-    there = pulled(tmp_path / "there", "sd15", "flux2-klein-4b", "sdxl", "sdxl/vae", "upscaler")
+    there = pulled(tmp_path / "there", "sd15", "flux2-klein-4b", "sdxl/vae", "controlnet-tile-sd15", "upscaler")
 
     failures, notes = brought(there, tmp_path / "here")
 
