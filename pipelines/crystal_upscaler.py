@@ -81,6 +81,7 @@ class CrystalUpscaler:
     def warm_up(self) -> None:
         """Load what requests need, with and without a creativity."""
         self.models.prestage()
+        self.models.face_restorer()
         self._family()
 
     def content_type(self, width: int, height: int) -> str:
