@@ -295,8 +295,10 @@ class SlotHost:
     def _note_failure(self, name: str, error: Exception) -> None:
         if is_device_fault(error):
             raise error
-        log.error("pipeline_not_loaded", pipeline=name, error=str(error) or repr(error))
-        self._failed[name] = str(error) or repr(error)
+        log.error("pipeline_not_loaded", pipeline=name, error=repr(error))
+        # Everybody may read it: other errors may tell of folders of this machine.
+        is_ours = isinstance(error, PipelineError)
+        self._failed[name] = str(error) if is_ours else f"It could not be loaded ({type(error).__name__})."
 
     def _pipeline(self, name: str) -> Loaded:
         """A pipeline; one that could not be loaded is tried again, for its files may be there by now.

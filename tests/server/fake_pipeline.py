@@ -88,7 +88,7 @@ def load_fake(name: str, open_models: Callable[[], object], device: str, setting
     The one that `FAKE_BROKEN` names cannot be loaded, while there is a file `broken` in the data folder.
     """
     if os.environ.get("FAKE_BROKEN") == name and (settings.data / "broken").exists():
-        raise OSError("a file of its weights is cut off")
+        raise OSError(f"{settings.data}/weights is cut off")
     step_s = float(os.environ.get("FAKE_STEP_S", "0.001"))
     return Loaded(FakePipeline(step_s), lambda: time.sleep(step_s))
 
