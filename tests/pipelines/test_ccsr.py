@@ -373,20 +373,26 @@ def psnr(first: Tensor, second: Tensor) -> float:
     return float(-10 * torch.log10((first - second).square().mean()))
 
 
+MIDDLES = {"clinic": (400, 160), "shuttle": (540, 400), "ceiling": (488, 344)}
+"""Corners (left, top) of what is looked at, 192 x 192 px."""
+
+
 @pytest.mark.parametrize("worn", [False, True])
 def test_the_built_in_networks_restore(pocket: WeightStore, worn: bool) -> None:
-    """A halved photograph comes nearer to the truth than by enlarging alone, one with noise and JPEG by more."""
+    """Halved photographs come nearer to the truth than by enlarging alone, those with noise and JPEG by more."""
     base = load_prestage(pocket, CPU)
-    with Image.open(PHOTOS / "clinic.png") as photo:
-        truth = to_tensor(photo.convert("RGB").crop((400, 160, 592, 352)))
-    small = reduce(truth, 2, "area")
-    if worn:
-        small = wear(small, np.random.default_rng(3), noise_share=1.0, jpeg_share=1.0)
+    ccsr = CCSR.load(pocket.folder("ccsr-v2"), device=CPU, dtype=torch.float32, base=base)
+    gains = {}
+    for name, (left, top) in MIDDLES.items():
+        with Image.open(PHOTOS / f"{name}.png") as photo:
+            truth = to_tensor(photo.convert("RGB").crop((left, top, left + 192, top + 192)))
+        small = reduce(truth, 2, "area")
+        if worn:
+            small = wear(small, np.random.default_rng(3), noise_share=1.0, jpeg_share=1.0)
+        gains[name] = psnr(ccsr(small, (192, 192)), truth) - psnr(base(small, (192, 192)), truth)
 
-    restored = CCSR.load(pocket.folder("ccsr-v2"), device=CPU, dtype=torch.float32, base=base)(small, (192, 192))
-
-    gain = psnr(restored, truth) - psnr(base(small, (192, 192)), truth)
-    assert gain > (0.1 if worn else 0.05), gain
+    assert min(gains.values()) > 0, gains
+    assert sum(gains.values()) / len(gains) > (0.1 if worn else 0.05), gains
 
 
 @pytest.mark.parametrize("version", ["ccsr-v1", "ccsr-v2"])
