@@ -11,6 +11,7 @@ const KEY_PLACE = "creative-upscaler.key";
 const FACTS_MS = 10_000;
 const FACTS_SOON_MS = 1500;
 const PREVIEW_MS = 1000;
+const UNSEEN_MS = 100;
 const STEP = /^(.+) (\d+)\/(\d+)$/;
 const STAGE_END = /^(.+) done in ([\d.]+) s$/;
 const WEIGHTS = {
@@ -284,7 +285,8 @@ function begun(watch) {
   showLog([]);
   watch.timer = setInterval(() => showElapsed(watch), 250);
   showElapsed(watch);
-  find("#bar").scrollIntoView({ block: "nearest" });
+  const isInSight = find("#comparison").getBoundingClientRect().top >= 0 && find("#bar").getBoundingClientRect().bottom <= innerHeight;
+  if (!isInSight) find("#comparison").scrollIntoView({ block: "start" }); // picture and progress below it
 }
 
 /** Back to where a request can be made. */
@@ -608,6 +610,13 @@ function listenForKey() {
   find("#key-forget").addEventListener("click", () => keep(""));
 }
 
+/** When the page was painted as it came; a page in the background is not, and need not be. */
+const painted = () => new Promise((resolve) => {
+  requestAnimationFrame(() => setTimeout(resolve));
+  setTimeout(resolve, UNSEEN_MS);
+});
+
+await painted();
 listen();
 makeTabs();
 showHistory();

@@ -21,7 +21,10 @@ from tests.acceptance.live import FAKE, LiveServer
 
 MAX_PAGE_BYTES = 100_000
 FIELD = '[data-name="{}"]'
-PAIR = "document.querySelector('#comparison').dataset.state === 'pair'"
+BESIDE = (
+    "document.querySelector('#comparison').dataset.state === 'pair' && document.querySelector('.tag.right').textContent"
+)
+PAIR, PREVIEWED = f"({BESIDE}) === 'After'", f"({BESIDE}) === 'Preview'"
 SINGLE = "document.querySelector('#comparison').dataset.state === 'single'"
 
 
@@ -399,15 +402,14 @@ def test_the_gateway_dies_in_the_middle(program: Program, locked: LiveServer, pi
 def test_a_preview_while_it_runs(tab: Tab, picture: bytes) -> None:
     """What there is so far is shown beside the picture, newer and newer; in the end the result is in its place."""
     shown = "document.querySelector('.after img')?.src"
-    tag = "document.querySelector('.tag.right').textContent"
     tab.drop(picture)
     tab.set("num_inference_steps", 100)
     tab.run()
-    tab.wait(f"{tag} === 'Preview' && {PAIR}")
+    tab.wait(PREVIEWED)
     first, caption = tab.ask(shown), tab.text("#phase")
     tab.wait(f"{shown} !== {json.dumps(first)}")
     second = tab.ask(shown)
-    tab.wait(f"{tag} === 'After' && {PAIR}")
+    tab.wait(PAIR)
 
     assert first.startswith("blob:") and second != first and caption == "Denoise"
     assert "/files/out/" in tab.ask(shown) and tab.text("#caption").startswith("128 × 96 px")
@@ -419,7 +421,7 @@ def test_a_cancelled_request_leaves_no_preview(tab: Tab, picture: bytes) -> None
     tab.drop(picture)
     tab.set("num_inference_steps", 200)
     tab.run()
-    tab.wait(PAIR)
+    tab.wait(PREVIEWED)
     tab.do("click", selector="#cancel")
     tab.wait_for_phase("Cancelled")
     tab.wait(SINGLE)
