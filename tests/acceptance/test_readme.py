@@ -297,16 +297,6 @@ def test_the_full_set(folder: Path) -> None:
     assert WeightStore("full", folder / "data/weights/full").missing(CLARITY, "flux2-klein-4b") == []
 
 
-def test_operation(paced: LiveServer, folder: Path) -> None:
-    """Every command of the operator, one after the other, leaves a server that works."""
-    (script,) = recipes("Operation", "sh")
-
-    printed = follow(script, folder, {"UPSCALER_DATA": str(paced.data)})
-
-    assert ENDPOINT in printed
-    assert paced.get("/ready").status_code == 200
-
-
 def test_deployment_with_compose() -> None:
     """What is said to Docker fits the compose file, and what is run in the container is a command of ours."""
     (script,) = recipes("Deployment", "sh")
