@@ -194,7 +194,8 @@ class NetworkPreStage:
                 covered = [
                     own * side * later / whole for own, side, whole in zip(image.shape[-2:], sides, size, strict=True)
                 ]
-                image = Spool.of(lanczos_bands(image, sides, covered, on_tile), *sides)
+                if sides != tuple(image.shape[-2:]):
+                    image = Spool.of(lanczos_bands(image, sides, covered, on_tile), *sides)
             height, width = self.factor * image.shape[-2], self.factor * image.shape[-1]
             rows = max(LEAST_BAND_ROWS, BAND_PX // (self.factor * width) // FOLD_PX * FOLD_PX)
             enlarged = self._enlarged(image, min(self.tile_px, rows), on_tile)
