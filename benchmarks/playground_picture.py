@@ -1,7 +1,7 @@
 """Photograph the playground for the README: `python -m benchmarks.playground_picture`.
 
-The picture in it is what the pocket weights make of a photograph's half at the endpoint's defaults. Needs the browser
-and Node that the playground's tests use.
+The picture in it is what the pocket weights make of a piece of a photograph at the endpoint's defaults. Needs the
+browser and Node that the playground's tests use.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ from tests.acceptance.javascript.programs import chromium, running
 from tests.acceptance.live import REAL, LiveServer
 
 SIZE = {"width": 1280, "height": 704}
+PIECE = (210, 0, 466, 192)  # of the photograph's half, px
 PROMPT = "a nurse in camouflage, photograph, sharp"
 PHASE = "document.querySelector('#phase').textContent"
 PAIR = "document.querySelector('#comparison').dataset.state === 'pair'"
+RESULT = PAIR + " && document.querySelector('#comparison .tag.right').textContent === 'After'"
 OUT = Path(__file__).parent / "pictures" / "playground.jpg"
 
 
 def main() -> None:
-    """Drop a photograph's half, run the default endpoint, and take the page when both pictures are there."""
+    """Drop a piece of a photograph, run the default endpoint, and take the page when both pictures are there."""
     with Image.open(HELD_OUT / "clinic.png") as photo:
-        small = halved(photo.convert("RGB"))
+        small = halved(photo.convert("RGB")).crop(PIECE)
     file = io.BytesIO()
     small.save(file, "PNG")
     dropped = {"name": "clinic.png", "type": "image/png", "base64": base64.b64encode(file.getvalue()).decode()}
@@ -53,7 +55,7 @@ def main() -> None:
                     if phase.startswith("Failed"):
                         raise RuntimeError(phase)
                     time.sleep(1.0)
-                do("until", expression=PAIR)
+                do("until", expression=RESULT)
                 do("screenshot", path=str(shot))
         finally:
             server.stop()
