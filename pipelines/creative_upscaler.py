@@ -276,7 +276,7 @@ class CreativeUpscaler:
             before,
             (size[1], size[0]),
             lambda start: self._denoise(start, grid, model, conditioning, params, stages),
-            Tones.of(params.strength, params.scale),
+            Tones.of(params.strength, params.scale, params.detail),
             stages,
         )
 

@@ -35,6 +35,8 @@ TILE_OVERLAP_LATENTS = 8
 FAITHFUL_STRENGTH, FREE_STRENGTH = 0.5, 0.8
 """Up to the first, what the input determines is kept: its tones, and what the VAE's round trip would take away. From
 the second on nothing is: where structure moves, the old one would show as a ghost."""
+MOST_DETAIL = 5.0
+"""At this much wanted detail every change stays, at 1 those that stand out of the networks' error."""
 BYTES_PER_PX = 40
 """Pictures that are in memory at once: source, pre-stage picture, its padded copy (float32) and the VAE's residue."""
 
@@ -62,19 +64,26 @@ def faithfulness(strength: float) -> float:
 class Tones:
     """What of the input a result keeps.
 
-    `amount` (0..1) is how much of the input's tones, and of what networks and VAE take away by their error, is put back;
-    structures above about 2^`levels` px are tones of light, above 2^`chroma_levels` px tones of colour.
+    `amount` (0..1) is how much of the input's tones, and of what the VAE's round trip takes away, is put back;
+    structures above about 2^`levels` px are tones of light, above 2^`chroma_levels` px tones of colour. Changes below
+    `noise` (0..) times the networks' own error are left out.
     """
 
     amount: float
     levels: int
     chroma_levels: int
+    noise: float
 
     @classmethod
-    def of(cls, strength: float, scale: float) -> Tones:
-        """For a pass that enlarges by `scale`: structures of about two pixels of the input are known, not imagined."""
-        levels = 1 + round(math.log2(scale))
-        return cls(amount=faithfulness(strength), levels=levels, chroma_levels=max(1, levels - 1))
+    def of(cls, strength: float, scale: float, detail: float = 0.0) -> Tones:
+        """For a pass that enlarges by `scale`: structures of about two pixels of the input are known, not imagined.
+
+        `detail` (0..5) is how much imagined fine structure is wanted, and with it how much of the noise may stay.
+        """
+        levels, amount = 1 + round(math.log2(scale)), faithfulness(strength)
+        return cls(
+            amount=amount, levels=levels, chroma_levels=max(1, levels - 1), noise=amount * (MOST_DETAIL - detail) / 4
+        )
 
 
 class Canvas:
@@ -159,7 +168,7 @@ class Canvas:
         with stages.stage("vae_encode"):
             start = self._encode(padded, lambda: stages.beat("vae_encode"), streamed=streamed)
         with stages.painting(lazily(lambda: Painter(start, padded, size))):
-            final = above_noise(denoise(start), start, tones.amount * self.noise_floor)
+            final = above_noise(denoise(start), start, tones.noise * self.noise_floor)
 
         def match(rows: Tensor, reference: Tensor) -> Tensor:
             return wavelet_match(

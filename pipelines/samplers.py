@@ -35,7 +35,6 @@ class Sampler(Protocol):
         """The sample after a step, given what the model answered to `model_input` of that step."""
         ...
 
-
     def estimate(self, step: int, prediction: Tensor, sample: Tensor) -> Tensor:
         """The clean latents that the model's answer at a step amounts to."""
         ...

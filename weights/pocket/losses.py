@@ -1,5 +1,6 @@
 """The losses of the pocket set: how far two pictures are apart, in values, in edges and in texture."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -36,6 +37,22 @@ def texture_loss(result: Tensor, target: Tensor, *, window: int = 16, period: in
                     F.avg_pool2d(steps, (window, window // period) if dim == -1 else (window // period, window))
                 )
             loss = loss + F.l1_loss(amounts[0], amounts[1])
+    return loss
+
+
+def balance_loss(result: Tensor, target: Tensor, *, period: int = 2) -> Tensor:
+    """How much more of the edges fall on some places of a `period` of pixels than in the target; scalar.
+
+    Both pictures are (N, C, H, W); the mean absolute differences of neighbours over all of them count, not where they
+    are. Against `texture_loss` it asks for no amount of texture, and costs less error.
+    """
+    loss = result.new_zeros(())
+    for dim in (-1, -2):
+        steps, wanted = (
+            torch.stack([image.diff(dim=dim).transpose(dim, -1)[..., i::period].abs().mean() for i in range(period)])
+            for image in (result, target)
+        )
+        loss = loss + (steps * wanted.mean() - wanted * steps.mean()).abs().mean() / wanted.mean()
     return loss
 
 

@@ -28,7 +28,7 @@ from weights.pocket.captions import QUALITY
 from weights.pocket.data import Corpus
 from weights.pocket.denoising import SCHEDULE
 from weights.pocket.loop import Options
-from weights.pocket.losses import picture_loss, texture_loss
+from weights.pocket.losses import balance_loss, picture_loss, texture_loss
 from weights.pocket.pool import Kitchen
 from weights.pocket.text import ALL_FAULTS, OTHER_BLAME, OTHER_PRAISE, token_ids
 from weights.pocket.train_vae import build_vae
@@ -64,7 +64,7 @@ WAYS = (
         partial(DPMSolverMultistepScheduler, algorithm_type="sde-dpmsolver++", solver_order=2),
     ),
 )
-TEXTURE_WEIGHT = 0.7
+TEXTURE_WEIGHT, BALANCE_WEIGHT = 0.5, 6.0
 BLOCK = 4
 
 
@@ -142,7 +142,7 @@ class DecoderTrainee:
     name = "decoder"
     learning_rate = 2e-4
 
-    def __init__(self, options: Options, *, side_px: int = 128, num_batches: int = 48) -> None:
+    def __init__(self, options: Options, *, side_px: int = 128, num_batches: int = 32) -> None:
         torch.manual_seed(options.seed)
         self.options = options
         self.finals = Finals(options, side_px=side_px, num_batches=num_batches)
@@ -166,10 +166,14 @@ class DecoderTrainee:
         picked = torch.from_numpy(rng.choice(CROPS, self.options.batch, replace=False))
         samples = {name: values[picked].to(self.options.device) for name, values in batch.items()}
         before, sharp = samples["before"].float() / 255, samples["sharp"].float() / 255
+        # Changes that do not stand out of the network's noise are made smaller by the service, see `write_noise_floor`.
+        kept = torch.from_numpy(rng.uniform(0.3, 1.0, (len(picked), 1, 1, 1))).float().to(self.options.device)
+        redrawn = torch.lerp(samples["start"], samples["final"], kept)
         exact = self.finals.kitchen.encode(sharp)
-        final, start, round_trip = self.decode(torch.cat([samples["final"], samples["start"], exact])).chunk(3)
+        final, start, round_trip = self.decode(torch.cat([redrawn, samples["start"], exact])).chunk(3)
         delivered = matched(final + before - start, before)
-        loss = picture_loss(delivered, sharp) + TEXTURE_WEIGHT * texture_loss(delivered, sharp, period=BLOCK)
+        texture, balance = (measure(delivered, sharp, period=BLOCK) for measure in (texture_loss, balance_loss))
+        loss = picture_loss(delivered, sharp) + TEXTURE_WEIGHT * texture + BALANCE_WEIGHT * balance
         return loss + picture_loss(round_trip, sharp)
 
     def export(self, modules: nn.ModuleDict, models: Path) -> None:

@@ -2,7 +2,7 @@
 
 Trained for the least error it makes the two pixels of a pair too much alike: what is lost by halving can only be
 guessed, and the best guess is too small. Gradients between pairs are then larger than inside them, and a mesh of two
-pixels shows. `pair_balance_loss` takes that away for a quarter of a decibel, where the right amount of texture at every
+pixels shows. `losses.balance_loss` takes that away for a quarter of a decibel; the right amount of texture at every
 place, `losses.texture_loss`, costs a whole one.
 """
 
@@ -16,7 +16,7 @@ from weights.compact import Compact, save_compact
 from weights.pocket.data import Corpus
 from weights.pocket.degrade import reduce, to_tensor, wear
 from weights.pocket.loop import Options
-from weights.pocket.losses import picture_loss, texture_loss
+from weights.pocket.losses import balance_loss, picture_loss, texture_loss
 
 TEXTURE_WEIGHT, BALANCE_WEIGHT = 0.15, 3.0
 
@@ -45,7 +45,7 @@ class UpscalerTrainee:
         with torch.autocast(target.device.type, torch.bfloat16):
             result = self.modules["model"](image)
         result = result.float()
-        texture, balance = texture_loss(result, target), pair_balance_loss(result, target)
+        texture, balance = texture_loss(result, target), balance_loss(result, target)
         return picture_loss(result, target) + TEXTURE_WEIGHT * texture + BALANCE_WEIGHT * balance
 
     def export(self, modules: nn.ModuleDict, models: Path) -> None:
@@ -53,20 +53,3 @@ class UpscalerTrainee:
         model = modules["model"]
         assert isinstance(model, Compact)
         save_compact(model, models / self.folder)
-
-
-def pair_balance_loss(result: Tensor, target: Tensor) -> Tensor:
-    """How much stronger edges between pairs of pixels are than inside them, against the target's; scalar.
-
-    Both are (N, C, H, W); the mean absolute differences of neighbours over all pictures count, not their places.
-    """
-    loss = result.new_zeros(())
-    for dim in (-1, -2):
-        inside, between = ([_mean_step(image, dim, first) for image in (result, target)] for first in (0, 1))
-        loss = loss + (inside[0] * between[1] - between[0] * inside[1]).abs() / (inside[1] + between[1])
-    return loss
-
-
-def _mean_step(image: Tensor, dim: int, first: int) -> Tensor:
-    """Mean absolute difference of neighbours along a dimension, every second one from `first` on."""
-    return image.diff(dim=dim).transpose(dim, -1)[..., first::2].abs().mean()
