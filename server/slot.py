@@ -601,7 +601,8 @@ def memory_of(device: str) -> dict[str, int]:
     """Bytes of the device's memory: all of it, what is free, and what this process has taken; asks torch for a GPU."""
     if device.startswith("cuda"):
         torch = sys.modules.get("torch")
-        if torch is None or not torch.cuda.is_initialized():
+        # Another thread may be importing torch: for seconds, what is there has no `cuda` yet.
+        if torch is None or not hasattr(torch, "cuda") or not torch.cuda.is_initialized():
             return {}
         free, total = torch.cuda.mem_get_info()
         return {"total": total, "free": free, "taken": torch.cuda.memory_reserved()}

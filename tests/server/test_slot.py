@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,7 +21,17 @@ from server.engine.local import preview_path
 from server.inputs import FileTooLarge
 from server.ledger import NewLog, Outcome
 from server.settings import Settings
-from server.slot import DeviceUnusable, Diary, LocalRun, NotMade, PreviewFile, SlotHost, line_of, outcome_of
+from server.slot import (
+    DeviceUnusable,
+    Diary,
+    LocalRun,
+    NotMade,
+    PreviewFile,
+    SlotHost,
+    line_of,
+    memory_of,
+    outcome_of,
+)
 from server.storage import Storage
 from tests.server.fake_pipeline import PIPELINES
 from weights.store import WeightStore
@@ -176,6 +188,16 @@ def test_a_gpu_that_torch_cannot_use_is_named(settings: Settings, tmp_path: Path
 
     with pytest.raises(DeviceUnusable, match="CUDA build"):
         host.load()
+
+
+@pytest.mark.parametrize("torch_is", [None, ModuleType("torch")], ids=["not there", "being imported"])
+def test_a_slot_beats_while_another_thread_imports_torch(
+    torch_is: ModuleType | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That takes seconds, in which torch has no `cuda` yet: the memory of the GPU is told later."""
+    monkeypatch.setitem(sys.modules, "torch", torch_is)
+
+    assert memory_of("cuda") == {}
 
 
 def test_an_endpoint_without_weights_spoils_no_other(
