@@ -70,12 +70,17 @@ class OperatorKey:
     @classmethod
     def open(cls, settings: Settings) -> OperatorKey:
         """The key of the settings, or of the data folder, where it is made at first use."""
-        if settings.operator_key is None:
-            with contextlib.suppress(FileExistsError):
-                descriptor = os.open(settings.operator_key_path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-                with os.fdopen(descriptor, "w") as file:
-                    file.write(secrets.token_urlsafe(32))
-        return cls(known_operator_key(settings) or "")
+        key = known_operator_key(settings)
+        if not key:
+            # Whole or not at all: a disk that is full at the first start leaves no empty file behind, which would lock
+            # the operator out for good.
+            key, path = secrets.token_urlsafe(32), settings.operator_key_path
+            draft = path.with_name(f"{path.name}.draft")
+            draft.unlink(missing_ok=True)
+            with os.fdopen(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+                file.write(key)
+            draft.replace(path)
+        return cls(key)
 
     def check(self, authorization: str | None) -> None:
         """Raise NotOperator unless the header, `Key <key>` or `Bearer <key>`, has it."""

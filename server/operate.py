@@ -133,6 +133,8 @@ def reach(data: Path | None, url: str | None) -> Iterator[Reached]:
     chosen: dict[str, Any] = {} if data is None else {"data": data}
     settings = Settings(**chosen)
     verify: ssl.SSLContext | bool = True
+    # A key in a folder is that folder's server's: nobody else's server gets it unless the folder is named as well.
+    may_read = url is None or data is not None
     if url is None:
         server = read_server(settings)
         if server is None:
@@ -140,7 +142,11 @@ def reach(data: Path | None, url: str | None) -> Iterator[Reached]:
         url = local_url(server)
         if server["own_ca"] and server["tls_port"]:
             verify = ssl.create_default_context(cafile=str(Path(server["trust_dir"]) / "ca.pem"))
-    key = os.environ.get("UPSCALER_OPERATOR_KEY") or known_operator_key(settings)
+    key = os.environ.get("UPSCALER_OPERATOR_KEY") or (known_operator_key(settings) if may_read else None)
+    if not key and not may_read:
+        raise OperationFailed(
+            f"The operator's key of {url} is not known here: set UPSCALER_OPERATOR_KEY, or name its folder with --data."
+        )
     if not key:
         raise OperationFailed(
             f"The operator's key is not known here: {settings.operator_key_path} cannot be read. "

@@ -85,6 +85,20 @@ def test_the_key_is_made_once_and_for_the_servers_user_alone(client: TestClient,
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
 
 
+def test_an_empty_key_file_is_filled(app_settings: Settings) -> None:
+    """What a disk that was full left of the key locks nobody out, and opens to nobody."""
+    app_settings.make_folders()
+    path = app_settings.operator_key_path
+    path.touch()
+    with TestClient(create_app(app_settings)) as client:
+        answers = [
+            client.get("/operator/status", headers={"authorization": f"Key {key}"}) for key in ("", path.read_text())
+        ]
+
+    assert [answer.status_code for answer in answers] == [401, 200]
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+
+
 def test_a_key_of_the_settings(app_settings: Settings) -> None:
     """It opens, nothing is written to disk, and it can neither be short nor one of the callers' keys."""
     settings = app_settings.model_copy(update={"operator_key": SecretStr("chosen-by-the-operator")})
