@@ -11,6 +11,7 @@ import base64
 import functools
 import gzip
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,8 +120,7 @@ def read_page() -> Page:
 def read_part(name: str) -> Part | None:
     """A file of the page by its name, as long as this process lives; None when there is none."""
     path = STATIC / name
-    # A name is one segment of a path, so it can lead nowhere but to a file of that folder.
-    if path.suffix not in MEDIA_TYPES or path.parent != STATIC or not path.is_file():
+    if path.suffix not in MEDIA_TYPES or name not in os.listdir(STATIC):
         return None
     return Part.of(path.read_bytes(), path.suffix)
 

@@ -77,7 +77,9 @@ def test_unchanged_parts_are_not_sent_again(client: TestClient) -> None:
     assert changed.content == first.content == (STATIC / "style.css").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["nothing.js", "..%2fapp.py", "%2e%2e%2fapp.py", "a/style.css", "style.css%00", "."])
+@pytest.mark.parametrize(
+    "name", ["nothing.js", "..%2fapp.py", "%2e%2e%2fapp.py", "a/style.css", "style.css%00", ".", "a" * 300 + ".js"]
+)
 def test_nothing_else_is_a_part(name: str, client: TestClient) -> None:
     """404 for what is not there, and for ways out of the folder."""
     assert client.get(f"/playground/{name}").status_code == 404
