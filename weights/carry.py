@@ -271,6 +271,7 @@ def leftovers(root: Path) -> list[Leftover]:
     lock = read_lock(root)
     whole = {name for name, part in lock.items() if is_whole(root, name, part)}
     kept = {root / name / path for name, part in lock.items() for path in part.files}
+    kept |= {above for file in kept for above in file.parents}  # a link to another disk is a folder as well
     unlocked = [root / name for name in (PARTS.keys() | OWN_PARTS) - lock.keys()]
     unfinished = [staging(root, part) for part in PARTS.values() if part.folder not in whole]
     found = []

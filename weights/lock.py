@@ -133,7 +133,10 @@ def _wrong_with(path: Path, file: LockedFile, read: Callable[[int], None]) -> st
         return "is missing"
     if size != file.size_bytes:
         return f"has {size} bytes, expected {file.size_bytes}"
-    found = sha256_of(path, read)
+    try:
+        found = sha256_of(path, read)
+    except OSError as error:  # a disk that fails is what this is for
+        return f"cannot be read: {error.strerror or error}"
     return "" if found == file.sha256 else f"has changed: SHA-256 is {found}, expected {file.sha256}"
 
 

@@ -146,6 +146,12 @@ class _Pull:
 
     async def run(self, parts: Sequence[Part]) -> list[str]:
         """Fetch parts; returns what failed."""
+        try:
+            return await self._run(parts)
+        finally:
+            self.stopped.set()
+
+    async def _run(self, parts: Sequence[Part]) -> list[str]:
         planned = await asyncio.gather(*(self._or_failure(part, self._planned(part)) for part in parts))
         plans = [plan for plan in planned if isinstance(plan, Plan)]
         failures = [failure for failure in planned if isinstance(failure, str)]
@@ -156,11 +162,8 @@ class _Pull:
         headers = {"accept-encoding": "identity"}
         if self.hub.token:
             headers["authorization"] = f"Bearer {self.hub.token}"
-        try:
-            async with httpx2.AsyncClient(follow_redirects=True, timeout=timeout, headers=headers) as client:
-                done = await asyncio.gather(*(self._or_failure(plan.part, self._got(client, plan)) for plan in plans))
-        finally:
-            self.stopped.set()
+        async with httpx2.AsyncClient(follow_redirects=True, timeout=timeout, headers=headers) as client:
+            done = await asyncio.gather(*(self._or_failure(plan.part, self._got(client, plan)) for plan in plans))
         return failures + [failure for failure in done if isinstance(failure, str)]
 
     async def _or_failure(self, part: Part, work: Any) -> Any:
@@ -250,7 +253,7 @@ class _Pull:
             try:
                 wait_s = await self._continued(client, plan, url, file, partial)
                 reason = "it ended early"
-            except httpx2.TransportError as error:
+            except httpx2.RequestError as error:
                 reason = str(error) or type(error).__name__
             fruitless = 0 if _size(partial) > before else fruitless + 1
             if fruitless >= MAX_TRIES:

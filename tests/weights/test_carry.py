@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.weights.hub_server import Repository, git_sha1, serving
 from tests.weights.repositories import published
+from weights import lock
 from weights.carry import bring, leftovers, recognise, remove
 from weights.catalogue import PARTS
 from weights.listing import Hub
@@ -191,3 +194,29 @@ def test_prune_takes_what_nobody_refers_to(tmp_path: Path) -> None:
     assert list(faults(root, read_lock(root))) == []
     assert leftovers(root) == []
     shutil.rmtree(root)
+
+
+def test_prune_keeps_links_to_another_disk(tmp_path: Path) -> None:
+    """A part that was moved to where there is room, with a link in its place, is still there."""
+    root = pulled(tmp_path / "set", "sd15")
+    (root / "sd15").rename(tmp_path / "large-disk")
+    (root / "sd15").symlink_to(tmp_path / "large-disk")
+
+    assert leftovers(root) == []
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fails is a fault of the file, and the others are looked at all the same."""
+    root = pulled(tmp_path / "set", "vae")
+    good = lock.sha256_of
+
+    def failing(path: Path, read: Any) -> str:
+        if path.suffix == ".safetensors":
+            raise OSError(errno.EIO, "Input/output error")
+        return good(path, read)
+
+    monkeypatch.setattr(lock, "sha256_of", failing)
+
+    assert list(faults(root, read_lock(root))) == [
+        ("vae/diffusion_pytorch_model.safetensors", "cannot be read: Input/output error")
+    ]

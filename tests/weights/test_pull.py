@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import httpx2
 import pytest
 import torch
 from safetensors.torch import load_file, save
@@ -215,6 +216,17 @@ def test_a_file_that_breaks_off_forever_is_given_up(server: Server, tmp_path: Pa
     server.faults.clear()
     assert fetch(server, tmp_path, "sd15") == []
     assert server.sent[UNET] == len(server.file(SD15, UNET.removeprefix(f"{SD15}/")))
+
+
+def test_redirects_without_end_fail_one_part_alone(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are a failure that is named, like every other."""
+    monkeypatch.setattr(httpx2, "AsyncClient", partial(httpx2.AsyncClient, max_redirects=0))
+
+    (failure,) = fetch(server, tmp_path, "sd15")
+
+    assert failure.startswith("sd15: ") and "redirect" in failure
 
 
 def test_other_bytes_than_announced_are_not_kept(server: Server, tmp_path: Path) -> None:
