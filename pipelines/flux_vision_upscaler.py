@@ -377,7 +377,7 @@ class FluxVisionUpscaler:
 
     def _denoise(self, start: Tensor, grid: Grid, conditioning: Conditioning, params: Params, stages: Stages) -> Tensor:
         """Noise the start latents to the level `strength` names and denoise them, (1, C, h, w) float32."""
-        sigmas = self.sigmas(params)
+        model, sigmas = self.family.model, self.sigmas(params)
         sampler = FlowSampler(sigmas)
         strongest, less = self.profile.control
         conditioning = replace(
@@ -391,14 +391,14 @@ class FluxVisionUpscaler:
         stages.remark("denoise", f"denoise: {sampler.num_steps} steps from noise level {sigmas[0]:.3f}")
         with stages.stage("denoise", total=sampler.num_steps) as on_step:
             return tiled_denoise(
-                self.family.model,
+                model,
                 sampler.start(start, noise),
                 sampler,
                 conditioning,
                 grid=grid,
                 tile_batch=self.tile_batch,
                 seed=params.seed,
-                watch=stages.watch,
+                watch=lambda estimate: stages.watch(lambda: model.leave(estimate())),
                 on_step=on_step,
                 on_batch=lambda: stages.beat("denoise"),
             )

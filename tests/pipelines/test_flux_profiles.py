@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from pipelines.errors import ModelsMissing
 from pipelines.flux_vision_upscaler import NO_CAPTION, FluxVisionUpscaler
+from pipelines.progress import Report
+from tests.conftest import png_bytes
 from tests.pipelines.test_caption_vlm import byte_vocabulary, save_qwen, save_smol
 from tests.pipelines.test_flux2 import CHAT
-from tests.pipelines.test_flux_vision_upscaler import distance, run
+from tests.pipelines.test_flux_vision_upscaler import LIMITS, QUICK, distance, run
 from weights.store import WeightStore
 
 PROFILES = ("flux1-dev", "flux2-klein-4b")
@@ -229,3 +232,20 @@ def test_fp8_is_refused_where_the_card_has_none(full: WeightStore, photo_crop: I
 
     with pytest.raises(ModelsMissing, match="flux_fp8"):
         run(pipeline, photo_crop)
+
+
+def test_previews_of_klein_have_the_colours_of_the_picture(full: WeightStore, photo_crop: Image.Image) -> None:
+    """It denoises normalised latents; a preview shows what they amount to, however far the two are apart."""
+    pipeline = tiled(FluxVisionUpscaler.load(full, device="cpu", profile="flux2-klein-4b"))
+    shown: list[Image.Image] = []
+
+    def listen(report: Report) -> None:
+        if report.preview is not None and (image := report.preview()) is not None:
+            shown.append(image)
+
+    params = replace(QUICK, strength=0.02)
+    model = pipeline.family.model
+    model.mean, model.deviation = model.mean + 3.0, model.deviation * 0.1
+    pipeline(png_bytes(photo_crop), params, limits=LIMITS, output=BytesIO(), progress=listen)
+
+    assert shown and all(distance(image, photo_crop.resize(image.size)) < 12 for image in shown)
