@@ -62,6 +62,9 @@ class Crop:
 
 RESIDENT_TILES = 4
 """As many tiles wait on the device itself: about 4 GB for Stable Diffusion's decoder and tiles of 1024 px."""
+WORKING_COPIES = 3
+"""Of a tile's widest activations, in 32 bits whatever the network computes in: normalising takes them. Measured with
+the pocket VAE: 330 MB at 1024 px and 780 MB at 2048 px in 16 bits, 560 MB at 1024 px in 32."""
 
 
 class TiledVAE:
@@ -95,10 +98,20 @@ class TiledVAE:
 
     @property
     def bytes_per_px(self) -> int:
-        """Memory that decoding takes per pixel of the picture: the widest activations at full size, halos included."""
-        channels = self.vae.config.block_out_channels
-        widest = channels[1] if len(channels) > 1 else channels[0]  # the last upsampling keeps its input's channels
-        return int(1.5 * widest * self.dtype.itemsize)
+        """Memory of what waits while a picture is decoded, per pixel: 1.5 times the widest activations at full size."""
+        return int(1.5 * self._widest * self.dtype.itemsize)
+
+    def bytes_at_work(self, num_px: int) -> int:
+        """Host memory that the tile at work takes besides, for a picture of `num_px` pixels; none on a GPU."""
+        if self.vae.device.type != "cpu":
+            return 0
+        return min(num_px, self.max_tile_px**2) * WORKING_COPIES * 4 * self._widest
+
+    @property
+    def _widest(self) -> int:
+        """Channels of the widest activations at full size: the last upsampling keeps its input's."""
+        channels: Sequence[int] = self.vae.config.block_out_channels
+        return channels[1] if len(channels) > 1 else channels[0]
 
     def encode(self, image: Tensor, on_tile: OnTile = nothing) -> Tensor:
         """Encode pixels to the scaled mean of the posterior (no sampling: the same picture gives the same latents).
