@@ -186,7 +186,7 @@ def prune_set(
     root = settings_at(data).full_weights_dir
     if not root.is_dir():
         finish([], "Nothing to delete.")
-    with only_one(root, say):
+    with stoppable("What was not deleted yet is kept."), only_one(root, say):
         found = leftovers(root)
         for leftover in found:
             typer.echo(f"{leftover.size_bytes / 1e6:12.3f} MB  {leftover.path.relative_to(root)}")
@@ -226,12 +226,14 @@ def finish(failures: Sequence[str], success: str, advice: str = "") -> NoReturn:
 
 @contextmanager
 def stoppable(kept: str) -> Iterator[None]:
-    """Ctrl-C ends the command with a status of its own and says what is kept."""
+    """Ctrl-C ends the command with a status of its own and says what is kept; a folder of another user's is named."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         say(f"stopped. {kept}")
         raise typer.Exit(INTERRUPTED) from None
+    except PermissionError as error:
+        finish([f"This user may not read or change {error.filename}: run this as the server's user."], "")
 
 
 class Watch:

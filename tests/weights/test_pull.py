@@ -514,6 +514,17 @@ def test_import_and_prune_answer_in_statuses(
     assert command("import", str(tmp_path / "usb"))[0] == 0
     (root / "vae/old.safetensors").write_bytes(bytes(2_000_000))
 
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def forbidden(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(root))
+
+    for failing, expected in ((interrupted, 130), (forbidden, 1)):
+        with monkeypatch.context() as patched:
+            patched.setattr("server.weights_commands.leftovers", failing)
+            status, _, complaint = command("prune", "--yes")
+        assert (status, len(complaint.splitlines())) == (expected, 1)
     status, out, complaint = command("prune")
     assert (status, "2.000 MB  vae/old.safetensors" in out) == (1, True)
     assert "--yes" in complaint
