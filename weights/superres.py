@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -107,6 +108,8 @@ class _Inert:
 
 def _unpickled(file: Path, *, with_classes: bool) -> Any:
     try:
+        # Of files from before torch 1.6, which are no archives, torch does not list the classes.
+        with_classes = with_classes and zipfile.is_zipfile(file)
         named = torch.serialization.get_unsafe_globals_in_checkpoint(file) if with_classes else []
         with torch.serialization.safe_globals([(_Inert, name) for name in named]):
             return torch.load(file, map_location="cpu", weights_only=True)

@@ -99,13 +99,19 @@ def as_pickle(tensors: dict[str, Tensor], folder: Path) -> Path:
     return folder / "RestoreFormer.pth"
 
 
+def as_old_pickle(tensors: dict[str, Tensor], folder: Path) -> Path:
+    """As torch wrote it before 1.6, not as an archive."""
+    torch.save({"params_ema": tensors}, folder / "RestoreFormer.pth", _use_new_zipfile_serialization=False)
+    return folder / "RestoreFormer.pth"
+
+
 def as_safetensors(tensors: dict[str, Tensor], folder: Path) -> Path:
     """Converted, in 16 bits."""
     save_file({name: tensor.half() for name, tensor in tensors.items()}, folder / "a.safetensors")
     return folder / "a.safetensors"
 
 
-@pytest.mark.parametrize("save", [as_checkpoint, as_pickle, as_safetensors])
+@pytest.mark.parametrize("save", [as_checkpoint, as_pickle, as_old_pickle, as_safetensors])
 def test_every_published_form_loads(tmp_path: Path, save: Callable[[dict[str, Tensor], Path], Path]) -> None:
     """A training program's checkpoint, a release's pickle and safetensors are the same network, in 32 bits."""
     tensors = drawn("RestoreFormer++")
