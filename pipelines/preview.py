@@ -35,7 +35,7 @@ class Painter:
     def __init__(self, start: Tensor, picture: Pixels, size: tuple[int, int]) -> None:
         height, width = picture.shape[-2:]
         factor = min(1.0, SIDE_PX / max(height, width))
-        self._sides = round(height * factor), round(width * factor)
+        self._sides = max(1, round(height * factor)), max(1, round(width * factor))
         self._shown = max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
         self._picture = _small(picture, self._sides)
         # No larger than what is shown: a picture of 16,000 px has latents of 2,000.

@@ -61,6 +61,13 @@ def test_a_large_picture_has_a_small_preview() -> None:
     assert sizes == {(512, 250)}
 
 
+def test_the_longest_strip_has_a_preview() -> None:
+    """Of 64 rows that are padding but for one, at 65,535 px a side."""
+    strip = torch.full((1, 1, 1, 1), 0.5).expand(1, 3, 64, 65_536)
+
+    assert Painter(torch.rand(1, 4, 8, 8192), strip, (1, 65_535))(torch.rand(1, 4, 8, 8192)).size == (512, 1)
+
+
 def test_a_flat_picture_gives_no_wild_colours() -> None:
     """Latents that tell nothing about colours are shown without any."""
     flat = torch.full((1, 3, 64, 64), 0.5)
