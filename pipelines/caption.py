@@ -66,12 +66,15 @@ def load_captioner(folder: Path, *, device: str, dtype: torch.dtype | None = Non
 
     Raises:
         CaptionFailed: The folder holds no captioner that can be read.
+        torch.OutOfMemoryError: There is no room for it on the device; making some is for others to do.
     """
     # float16 is too small for the values inside T5.
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
         return CAPTIONERS[kind].load(folder, device=device, dtype=dtype)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         raise caption_failed("This server's captioner cannot be read", error) from error
 

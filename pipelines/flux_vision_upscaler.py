@@ -297,10 +297,7 @@ class FluxVisionUpscaler:
         """The captioner of this endpoint, else the one that all endpoints share."""
         if not self.models.store.has(VISION_CAPTIONER):
             return self.models.captioner()
-        folder = self.models.store.folder(VISION_CAPTIONER)
-        return self.models.resident(
-            VISION_CAPTIONER, lambda: load_vision_captioner(folder, device=str(self.models.device)), VISION_CAPTIONER
-        )
+        return self.models.captioner_in(VISION_CAPTIONER, load_vision_captioner)
 
     def _checker(self, params: Params, stages: Stages) -> SafetyChecker | None:
         checker = self.models.checker() if params.check_safety else None

@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from pipelines.base_model import Networks, load_base, with_networks
-from pipelines.caption import Captioner, load_captioner
+from pipelines.caption import Captioner, caption_failed, load_captioner
 from pipelines.ccsr import CCSR
 from pipelines.prescale import BandedPreStage, load_prestage, network_in
 from pipelines.redraw import Canvas
@@ -176,12 +176,17 @@ class Models:
         """What writes prompts.
 
         Raises:
-            CaptionFailed: The set has one that cannot be read.
+            CaptionFailed: The set has one that cannot be read, or for which there is no room.
         """
-        if not self.store.has("captioner"):
-            return None
-        folder = self.store.folder("captioner")
-        return self.resident("captioner", lambda: load_captioner(folder, device=str(self.device)), "captioner")
+        return self.captioner_in("captioner", load_captioner) if self.store.has("captioner") else None
+
+    def captioner_in(self, part: str, load: Callable[..., Captioner]) -> Captioner:
+        """What writes prompts, from a part of the set; raises as `captioner` does."""
+        folder = self.store.folder(part)
+        try:
+            return self.resident(part, lambda: load(folder, device=str(self.device)), part)
+        except torch.OutOfMemoryError as error:
+            raise caption_failed("There is no room for this server's captioner", error) from error
 
     def checker(self) -> SafetyChecker | None:
         """What looks at results before they are shown."""

@@ -23,8 +23,9 @@ from transformers import (
     T5Tokenizer,
 )
 
-from pipelines.caption import MAX_PIXELS, Captioner, join_within_window, load_captioner, reduced
+from pipelines.caption import MAX_PIXELS, Blip2Captioner, Captioner, join_within_window, load_captioner, reduced
 from pipelines.errors import CaptionFailed
+from tests.pipelines.staging import pocket_models
 from weights.pocket.captions import COLOURS
 from weights.store import WeightStore
 
@@ -251,3 +252,24 @@ def test_the_prompt_fits_every_encoder(tokenizer: Any) -> None:
 
     assert len(prompt) < len(join_within_window(caption, " sharp", tokenizer))
     assert len(by_letters(prompt, add_special_tokens=False).input_ids) <= 75
+
+
+@pytest.mark.parametrize("num_failures", [1, 2])
+def test_room_is_made_for_a_captioner(pocket: WeightStore, monkeypatch: pytest.MonkeyPatch, num_failures: int) -> None:
+    """A full device is emptied for it once; where that does not help, it fails as captioners do."""
+    models, tried, own = pocket_models(pocket), [], Blip2Captioner.load
+
+    def load(*arguments: Any, **options: Any) -> Captioner:
+        tried.append(arguments)
+        if len(tried) <= num_failures:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(*arguments, **options)
+
+    monkeypatch.setattr(Blip2Captioner, "load", load)
+
+    if num_failures == 1:
+        assert models.captioner() is not None
+    else:
+        with pytest.raises(CaptionFailed, match="no room"):
+            models.captioner()
+    assert len(tried) == 2
