@@ -110,7 +110,8 @@ def test_quick_start(paced: LiveServer, folder: Path) -> None:
     _, serve, point, once = recipes("Quick start", "sh")
     (program,) = recipes("Python", "python")
     (folder / "my_program_that_uses_fal_client.py").write_text(program)
-    planned = subprocess.run([*serve.split(), "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    dry = [*serve.split(), "--dry-run", "--no-print-directory"]
+    planned = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     environment = confined({"UPSCALER_DATA": str(paced.data)})
     point = point.replace(".py ", ".py photo.jpg ")
     once = once.replace("tests/photos/clinic.png", "photo.jpg")

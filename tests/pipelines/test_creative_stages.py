@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -19,6 +19,7 @@ from pipelines.errors import CaptionFailed, InvalidParams
 from pipelines.models import Models
 from pipelines.prescale import Lanczos
 from pipelines.residency import Residency
+from pipelines.spool import Pixels
 from tests.conftest import png_bytes
 from tests.pipelines.test_creative_upscaler import DEFAULTS, UNLIMITED
 from weights.store import WeightStore
@@ -132,11 +133,12 @@ def test_restoration_comes_before_diffusion(
     asked: list[int] = []
 
     class Restoring(Lanczos):
-        def __call__(
-            self, image: Tensor, size: tuple[int, int], on_tile: Callable[[], None] = lambda: None, *, seed: int = 0
-        ) -> Tensor:
+        def bands(
+            self, image: Pixels, size: tuple[int, int], on_tile: Callable[[], None] = lambda: None, *, seed: int = 0
+        ) -> Iterator[Tensor]:
             asked.append(seed)
-            return 1 - super().__call__(image, size, on_tile)
+            for band in super().bands(image, size, on_tile):
+                yield 1 - band
 
     monkeypatch.setattr(pipeline.models, "ccsr", Restoring)
     inverted = run(pipeline, small, restore=True, strength=0.0, seed=77)[0]

@@ -34,7 +34,7 @@ SCHEDULE = {
 # Errors at low noise hardly move the picture, so they count less: min-SNR weighting (arXiv 2303.09556), equation 4.
 MIN_SNR_GAMMA = 5.0
 
-NOISE_FLOOR = 0.25
+NOISE_FLOOR = 0.22
 """What networks of this size miss clean latents by, of their deviation of 1: such changes are left out of results."""
 
 

@@ -35,7 +35,7 @@ TEXT_SIZE = 16
 # Where pictures are flat the networks miss by about 0.05. Three times that loses a little of what they restore and
 # keeps the most texture: 0.1, 0.15 and 0.2 give +0.06, +0.12 and +0.07 dB over the enlarged picture, at 0.85, 0.90 and
 # 0.97 of its detail.
-NOISE_FLOOR = 0.15
+NOISE_FLOOR = 0.1
 ONE_STEP = 160  # the timestep of version 2: noise of 0.48 of what is left of the latents
 
 VERSIONS = {

@@ -114,7 +114,7 @@ class Finals:
         first = round(STEPS * float(rng.uniform(0.4, 0.75)))  # strengths of 0.25 to 0.6 on Karras' curve
         scheduler.set_begin_index(first)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        noise = torch.randn(start.shape, generator=generator)
+        noise = torch.randn(start.shape, generator=generator).to(start.device)
         timesteps = scheduler.timesteps[first:]
         sample = scheduler.add_noise(start, noise, timesteps[:1])
         told = {"encoder_hidden_states": text.repeat_interleave(CROPS, 0), "return_dict": False}
