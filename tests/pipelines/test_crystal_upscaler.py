@@ -135,7 +135,7 @@ def test_more_creativity_moves_more(pipeline: CrystalUpscaler, crop: Image.Image
 def test_a_portraits_face_keeps_its_identity_more_strongly(
     pipeline: CrystalUpscaler, portrait: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a photograph: the detector's face moves less than 0.7 times as far as without a detector, and stays as it was."""
+    """On a photograph: the detector's face moves less than 0.7 as far as without a detector, and stays as it was."""
     half = portrait.crop((65, 10, 155, 100))
     strong = replace(CREATIVE, strength=0.55, num_inference_steps=12)
     still, _, _ = run(pipeline, half, FAITHFUL)
