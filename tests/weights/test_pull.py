@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -374,8 +375,14 @@ def run(server: Server, root: Path, *arguments: str, **more: str) -> tuple[int, 
 
 
 def on_disk(root: Path) -> int:
-    """Bytes that came so far."""
-    return sum(file.stat().st_size for file in root.rglob("*.safetensors*") if file.exists())
+    """Bytes of weights that have come so far; files move while they are counted."""
+    total = 0
+    for folder, _, names in os.walk(root):
+        for name in names:
+            if ".safetensors" in name:
+                with contextlib.suppress(FileNotFoundError):
+                    total += (Path(folder) / name).stat().st_size
+    return total
 
 
 def wait_until_came(root: Path, num_bytes: int, process: subprocess.Popen[str]) -> None:
